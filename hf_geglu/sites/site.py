@@ -1,0 +1,84 @@
+"""The words of the finder: what a site is, what a rejection is, and what a search returns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["module", "split", "inline", "experts", "conv"]
+Layout = Literal["dense", "separate", "packed", "interleaved"]
+GateHalf = Literal["first", "last"]
+Projection = Literal["linear", "conv1d"]
+
+_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One place in a model that holds an FFN block: its projections and its activation.
+
+    All paths are dotted module paths from the model's root, as in ``model.named_modules()``. `D` is the hidden size and
+    `F` the intermediate size of the block: ``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` for a
+    dense one.
+    """
+
+    block: str
+    """The smallest module that holds both projections (the layer itself for an inline block)."""
+    gate: str
+    """Projection (D -> F) that goes through the activation. Equal to `up` for dense and packed sites."""
+    up: str
+    """Linear value projection (D -> F); the packed projection (D -> 2F) for packed and interleaved sites."""
+    down: str
+    """Projection (F -> D) back to the model width."""
+    kind: Kind
+    layout: Layout
+    activation: str
+    """Name in transformers' ``ACT2FN`` of what was observed: "gelu" is the erf form, "gelu_pytorch_tanh" the tanh form."""
+    activation_path: str | None
+    """Attribute that holds the activation (a module or a function); None where ``forward`` calls a function itself."""
+    gate_half: GateHalf | None = None
+    """Which half of a packed projection is the gate; for interleaved ones "first" means the even positions."""
+    projection: Projection = "linear"
+    """`"linear"`: weight is (out, in), as in nn.Linear. "conv1d": weight is (in, out), as in GPT-2's Conv1D."""
+    value_offset: float = 0.0
+    """Constant added to the value branch before the product (1.0 in gpt-oss)."""
+    d_in: int
+    width: int
+    """F: how many neurons the block has, not the number of rows of a packed projection."""
+    d_out: int
+
+    @property
+    def layer(self) -> int | None:
+        """Index of the layer: the first number in the path, None where the path has none."""
+        match = _INDEX.search(self.block) or _INDEX.search(self.up)
+        return int(match.group(1)) if match else None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the block already multiplies two branches."""
+        return self.layout != "dense"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """A place that was looked at and not taken, with the reason in one sentence."""
+
+    path: str
+    class_name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSites:
+    """What a search returns: every site in the model's own order, and everything looked at and not taken."""
+
+    sites: tuple[Site, ...]
+    rejected: tuple[Rejection, ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
