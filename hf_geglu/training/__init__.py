@@ -1,0 +1,37 @@
+"""Fine-tuning on accelerate: `train` and `evaluate` on blocks in memory, `finetune` from a dataset to a saved model.
+
+Importing this needs torch only; accelerate is imported when training starts, datasets when a dataset is read.
+"""
+
+from hf_geglu.training.batches import Blocks, MapBlocks
+from hf_geglu.training.checkpoint import CheckpointFolder
+from hf_geglu.training.evaluation import EvalResult, evaluate
+from hf_geglu.training.loop import train
+from hf_geglu.training.objectives import CausalLM, MaskedLM, Objective, Task, objective_for
+from hf_geglu.training.packing import TokenBlocks, blocks_from_texts
+from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
+from hf_geglu.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
+
+__all__ = [
+    "Blocks",
+    "CausalLM",
+    "CheckpointFolder",
+    "DataSettings",
+    "EvalRecord",
+    "EvalResult",
+    "MapBlocks",
+    "MaskedLM",
+    "ModelSettings",
+    "Objective",
+    "OutputSettings",
+    "RunSettings",
+    "StepRecord",
+    "Task",
+    "TokenBlocks",
+    "TrainResult",
+    "TrainSettings",
+    "blocks_from_texts",
+    "evaluate",
+    "objective_for",
+    "train",
+]

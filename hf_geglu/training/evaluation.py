@@ -1,0 +1,135 @@
+"""Mean negative log-likelihood of a model over blocks, weighted by tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_geglu.errors import DataError
+from hf_geglu.training.batches import MapBlocks, eval_batches
+from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
+
+EVAL_SEED = 20200212
+"""Masks of an evaluation are always the same, so that evaluations can be compared (the day of arXiv:2002.05202)."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found.
+
+    Attributes:
+        nll: mean negative log-likelihood of a predicted token, in nats.
+        perplexity: exp(nll); infinite where that overflows.
+        tokens: number of predicted tokens.
+    """
+
+    nll: float
+    perplexity: float
+    tokens: int
+
+    @classmethod
+    def of(cls, total_nll: float, tokens: int) -> EvalResult:
+        """From the sum over all tokens."""
+        nll = total_nll / tokens
+        return cls(
+            nll=nll, perplexity=math.exp(nll) if nll < 700 else math.inf if nll == nll else math.nan, tokens=tokens
+        )
+
+
+def summed_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the negative log-likelihoods of the labels of a batch, as a float32 scalar.
+
+    It is computed from the logits here rather than by the model, because the models of Transformers divide by counts
+    of their own.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    output: Any = model(**inputs)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on that device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Keep a decoder from building a key-value cache that training and evaluation never read."""
+    config: Any = getattr(getattr(model, "module", model), "config", None)  # .module: inside DDP
+    text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    before = getattr(text_config, "use_cache", None)
+    if before:
+        text_config.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            text_config.use_cache = before
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode for a while; afterwards each module is in the mode it was in."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def evaluate(
+    model: nn.Module,
+    blocks: MapBlocks,
+    *,
+    objective: Objective | None = None,
+    batch_size: int = 8,
+    accelerator: Any = None,
+) -> EvalResult:
+    """Token-weighted negative log-likelihood of `blocks` under `model`, over all processes of `accelerator`.
+
+    The model is left as it was found, training mode included.
+
+    Args:
+        model: anything that takes input_ids and returns logits; on its own device, or prepared by `accelerator`.
+        blocks: blocks of tokens, as for `train`; they may differ in length.
+        objective: what is predicted; by default the next token.
+        batch_size: blocks a forward, per process.
+        accelerator: an `accelerate.Accelerator` to share the work by; by default this process does all of it.
+
+    Raises:
+        DataError: there is nothing to predict.
+    """
+    objective = objective or CausalLM()
+    processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    device = accelerator.device if accelerator else next(model.parameters()).device
+    sums: list[Tensor] = []
+    tokens = 0
+    with torch.no_grad(), without_cache(model), in_mode(model, training=False):
+        for batch in eval_batches(
+            blocks, objective, batch_size=batch_size, seed=EVAL_SEED, processes=processes, process=process
+        ):
+            tokens += int((batch["labels"] != IGNORED).sum())
+            sums.append(summed_nll(model, to_device(batch, device)))
+    # Summed in float64 on the CPU: some devices have no float64, and float32 loses digits over many batches.
+    total = torch.tensor(
+        [float(torch.stack(sums).cpu().double().sum()) if sums else 0.0, float(tokens)], dtype=torch.float64
+    )
+    if processes > 1:
+        total = accelerator.reduce(total.to(device), reduction="sum").cpu()
+    if total[1] == 0:
+        raise DataError(
+            f"{len(blocks)} evaluation blocks hold nothing to predict: expected at least one token. "
+            "Give more validation text, or none at all."
+        )
+    return EvalResult.of(float(total[0]), int(total[1]))

@@ -1,0 +1,227 @@
+"""From documents to blocks of tokens: packing end to end, or one block a document. Nothing is dropped without being
+counted.
+
+    [bos] document [eos] [bos] document [eos] ...        cut every block_size tokens (causal)
+    [cls] document [sep] document [sep] ... [sep]        each block between cls and sep (masked)
+
+A packed block may hold several documents, and attention reaches over the end of a document into the one before it, as
+in the pretraining of these models; the end-of-text token between them is what tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hf_geglu.errors import ConfigurationError, DataError
+from hf_geglu.training.objectives import Task
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become blocks.
+
+    Attributes:
+        block_size: length of a block, in tokens.
+        before, after: tokens around each document.
+        head, tail: tokens around each block; they count towards its size.
+        one_each: a block for each document, cut at block_size, instead of packing.
+    """
+
+    block_size: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    head: tuple[int, ...] = ()
+    tail: tuple[int, ...] = ()
+    one_each: bool = False
+
+    @property
+    def room(self) -> int:
+        """Tokens of documents that one block takes."""
+        return self.block_size - len(self.head) - len(self.tail)
+
+
+@dataclass
+class Tally:
+    """Counts what goes in, what comes out and what is left over."""
+
+    documents: int = 0
+    empty: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    truncated_documents: int = 0
+    truncated_tokens: int = 0
+    tail_tokens: int = 0
+    tail_kept: bool = False
+
+    def line(self, what: str) -> str:
+        """One line for people."""
+        parts = [f"{self.documents:,} documents, {self.tokens:,} tokens, {self.blocks:,} blocks"]
+        if self.empty:
+            parts.append(f"{self.empty:,} empty documents skipped")
+        if self.truncated_documents:
+            parts.append(f"{self.truncated_documents:,} documents cut short, {self.truncated_tokens:,} tokens dropped")
+        if self.tail_tokens:
+            parts.append(
+                f"the last block is shorter ({self.tail_tokens:,} tokens)"
+                if self.tail_kept
+                else f"{self.tail_tokens:,} tokens at the end that fill no block dropped"
+            )
+        return f"{what}: " + "; ".join(parts)
+
+
+def packing_for(
+    task: Task, tokenizer: Any, *, block_size: int, one_each: bool = False, joined: bool = False
+) -> Packing:
+    """The packing of a task with the special tokens of this tokenizer.
+
+    Args:
+        task: causal or masked.
+        tokenizer: of Transformers.
+        block_size: in tokens, special tokens included.
+        one_each: a block for each document.
+        joined: the rows are one running text, so nothing goes between them.
+
+    Raises:
+        ConfigurationError: a block that has no room for text.
+    """
+    if task == "mlm":
+        head = _present(tokenizer.cls_token_id)
+        tail = _present(tokenizer.sep_token_id)
+        packing = Packing(block_size, after=() if joined or one_each else tail, head=head, tail=tail, one_each=one_each)
+    else:
+        # A model that was trained with a token at the start of a document has a tokenizer that puts it there.
+        starts = tokenizer("a", verbose=False)["input_ids"]
+        bos = _present(tokenizer.bos_token_id)
+        begins = bool(bos) and list(starts[:1]) == list(bos)
+        end = _present(tokenizer.eos_token_id) or _present(tokenizer.sep_token_id)
+        packing = Packing(
+            block_size, before=bos if begins and not joined else (), after=() if joined else end, one_each=one_each
+        )
+    if packing.room < 1:
+        raise ConfigurationError(
+            f"block_size={block_size} with {block_size - packing.room} special tokens in each: expected room for text. "
+            "Raise --block_size."
+        )
+    return packing
+
+
+def _present(token_id: int | None) -> tuple[int, ...]:
+    return () if token_id is None else (int(token_id),)
+
+
+def pack(
+    documents: Iterable[Sequence[int]], packing: Packing, tally: Tally, *, keep_tail: bool = False
+) -> Iterator[list[int]]:
+    """Blocks of `documents`, which come without special tokens. All but a kept tail are `block_size` long, unless
+    `one_each`.
+
+    Args:
+        documents: token ids of each document.
+        packing: how.
+        tally: counts as the blocks are taken.
+        keep_tail: give out the rest at the end as a shorter block, instead of dropping it.
+    """
+    buffer: list[int] = []
+    for document in documents:
+        tally.documents += 1
+        if not len(document):
+            tally.empty += 1
+            continue
+        whole = [*packing.before, *document, *packing.after]
+        tally.tokens += len(whole)
+        if packing.one_each:
+            if len(whole) > packing.room:
+                tally.truncated_documents += 1
+                tally.truncated_tokens += len(whole) - packing.room
+            tally.blocks += 1
+            yield [*packing.head, *whole[: packing.room], *packing.tail]
+            continue
+        buffer += whole
+        begin = 0
+        while len(buffer) - begin >= packing.room:
+            tally.blocks += 1
+            yield [*packing.head, *buffer[begin : begin + packing.room], *packing.tail]
+            begin += packing.room
+        del buffer[:begin]
+    tally.tail_tokens, tally.tail_kept = len(buffer), keep_tail
+    if buffer and keep_tail:
+        tally.blocks += 1
+        yield [*packing.head, *buffer, *packing.tail]
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of tokens in memory, 4 bytes a token. A torch Dataset as far as anyone asks."""
+
+    tokens: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int64] = field(repr=False)
+
+    @classmethod
+    def of(cls, blocks: Iterable[Sequence[int]]) -> TokenBlocks:
+        """From lists of token ids, each at most 2**31 - 1."""
+        pieces = [np.asarray(block, dtype=np.int32) for block in blocks]
+        starts = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
+        return cls(np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        row = self.tokens[self.starts[index] : self.starts[index + 1]]
+        return {"input_ids": torch.from_numpy(row.astype(np.int64))}
+
+
+def tokenise(texts: Iterable[str | None], tokenizer: Any, *, batch: int = 256) -> Iterator[list[int]]:
+    """Token ids of each text, without special tokens; nothing of one that is empty or blank."""
+    texts = iter(texts)
+    while True:
+        chunk = [text for text, _ in zip(texts, range(batch), strict=False)]
+        if not chunk:
+            return
+        words = [text if text and not text.isspace() else "" for text in chunk]
+        yield from tokenizer(words, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def blocks_from_texts(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    block_size: int,
+    task: Task = "clm",
+    one_each: bool = False,
+    keep_tail: bool = False,
+) -> tuple[TokenBlocks, Tally]:
+    """Tokenise and pack documents that are in memory.
+
+    Raises:
+        DataError: less text than one block takes.
+    """
+    tally = Tally()
+    packing = packing_for(task, tokenizer, block_size=block_size, one_each=one_each)
+    blocks = TokenBlocks.of(pack(tokenise(texts, tokenizer), packing, tally, keep_tail=keep_tail))
+    require_blocks(tally, packing)
+    return blocks, tally
+
+
+def require_blocks(tally: Tally, packing: Packing) -> None:
+    """Refuse text that fills no block.
+
+    Raises:
+        DataError: less text than one block takes.
+    """
+    if tally.blocks == 0:
+        raise DataError(
+            f"{tally.documents:,} documents with {tally.tokens:,} tokens in all: expected at least {packing.room:,}, "
+            "one block. "
+            + ("Give text." if tally.tokens < 8 else f"Give more text, or --block_size {max(tally.tokens // 8, 4)}.")
+        )

@@ -1,0 +1,83 @@
+"""What a run leaves behind, as frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_geglu.training.evaluation import EvalResult
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Attributes:
+        step: its number, from 1.
+        loss: mean negative log-likelihood of a predicted token of the whole batch, in nats, before the update.
+        learning_rate: that of the update.
+        grad_norm: norm of the gradient before it was clipped.
+        tokens: tokens that went through the model, over all processes.
+        predicted: tokens that the loss is a mean of.
+        seconds: wall time of the step, without evaluation and checkpoint.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    predicted: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the step, over all processes."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation: `EvalResult` and the number of steps before it."""
+
+    step: int
+    nll: float
+    perplexity: float
+    tokens: int
+
+    @classmethod
+    def at(cls, step: int, result: EvalResult) -> EvalRecord:
+        """The result of the evaluation after `step` steps."""
+        return cls(step=step, nll=result.nll, perplexity=result.perplexity, tokens=result.tokens)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A whole training run; after a resume it includes what came before.
+
+    Attributes:
+        steps: one record a step, in order.
+        evals: one record an evaluation: step 0, along the way, the end. Empty without evaluation blocks.
+    """
+
+    steps: tuple[StepRecord, ...]
+    evals: tuple[EvalRecord, ...]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Loss per step."""
+        return tuple(record.loss for record in self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model."""
+        return sum(record.tokens for record in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all steps, without evaluations and checkpoints."""
+        return sum(record.seconds for record in self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed."""
+        return self.tokens / max(self.seconds, 1e-9)
