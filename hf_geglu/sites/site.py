@@ -35,7 +35,8 @@ class Site:
     kind: Kind
     layout: Layout
     activation: str
-    """Name in transformers' ``ACT2FN`` of what was observed: "gelu" is the erf form, "gelu_pytorch_tanh" the tanh form."""
+    """Name in transformers' ``ACT2FN`` of what was observed: "gelu" is the erf form, "gelu_pytorch_tanh" the tanh
+    form."""
     activation_path: str | None
     """Attribute that holds the activation (a module or a function); None where ``forward`` calls a function itself."""
     gate_half: GateHalf | None = None

@@ -1,0 +1,31 @@
+"""Finding FFN blocks by what they do: each small module is run on synthetic input and its projections are followed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from hf_geglu.sites.find import search
+from hf_geglu.sites.given import check_sites
+from hf_geglu.sites.site import FoundSites, Rejection, Site
+
+__all__ = ["FoundSites", "Rejection", "Site", "find_sites"]
+
+
+def find_sites(model: nn.Module, *, sites: Sequence[Site] | None = None) -> FoundSites:
+    """Find every FFN block of a model by behaviour, without running the model or reading a weight.
+
+    Works on any device and dtype (the meta device too) and leaves the model, its hooks and all random generators as
+    they were.
+
+    Args:
+        model: Any module; usually a Transformers model.
+        sites: Sites named by hand, for an architecture the search does not understand. They are checked by the same
+        probe
+            and returned instead of a search.
+
+    Raises:
+        SiteError: A site given by hand is not what it is said to be; the message names what was observed.
+    """
+    return search(model) if sites is None else check_sites(model, sites)

@@ -1,0 +1,85 @@
+"""Synthetic arguments for a forward nobody has told us anything about.
+
+The first parameter is the hidden state; the others are filled by what their names say about their kind. A small
+number of shapes and two ways of filling are tried, in this order, and the first run that gets through counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Filling = Literal["absent", "tensors"]
+FILLINGS: tuple[Filling, ...] = ("absent", "tensors")
+"""How required arguments that say nothing of themselves are filled: with None, or with tensors like the hidden
+state."""
+
+SIDE = 2
+TOKENS = SIDE * SIDE
+
+_NUMBER = re.compile(r"(^|_)(height|width|h|w|num_frames|frames|grid_h|grid_w)$")
+_ONE = re.compile(r"batch|num_|idx|index|layer_id")
+_GRID = re.compile(r"dimensions|resolution|shape|size|grid")
+_ABSENT = re.compile(r"mask|past|cache|position|bias|cu_seqlens|ids$|emb$|rotary|freqs")
+_ALWAYS = frozenset({"position_embeddings"})
+_STATE = re.compile(r"hidden|residual|input|states|tensor|skip|shortcut|query|^x$")
+
+
+def shapes(width: int, *, channels_first: bool) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a hidden state of this width, the common ones first; images and signals where a block convolves."""
+    sequences = ((1, TOKENS, width), (TOKENS, width), (1, SIDE, SIDE, width))
+    images = ((1, width, SIDE, SIDE), (1, width, TOKENS), (1, width, 4 * SIDE, 4 * SIDE))
+    return images + sequences if channels_first else sequences
+
+
+def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any] | None:
+    """Keyword arguments for the required parameters after the first; None where `forward` takes none at all."""
+    parameters = list(_parameters(module))
+    if not parameters:
+        return None
+    return {
+        parameter.name: _value(parameter.name, x, filling)
+        for parameter in parameters[1:]
+        if _required(parameter) or parameter.name in _ALWAYS
+    }
+
+
+def can_differ(module: nn.Module) -> bool:
+    """Whether the two ways of filling make any difference for this module."""
+    return any(_required(parameter) for parameter in list(_parameters(module))[1:])
+
+
+def _parameters(module: nn.Module) -> Iterator[inspect.Parameter]:
+    forward = module.__dict__.get("forward") or module.forward
+    for parameter in inspect.signature(forward).parameters.values():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            yield parameter
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is inspect.Parameter.empty and parameter.kind in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+
+
+def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
+    if name in _ALWAYS:
+        # cosine and sine of no rotation, of width 1: they broadcast against heads of any size
+        return x.new_ones(1, TOKENS, 1), x.new_zeros(1, TOKENS, 1)
+    if _NUMBER.search(name):
+        return SIDE
+    if _GRID.search(name):
+        return (SIDE, SIDE)
+    if _STATE.search(name):
+        return x.detach().clone()
+    if _ONE.search(name):
+        return 1
+    if _ABSENT.search(name) or filling == "absent":
+        return None
+    return x.detach().clone()

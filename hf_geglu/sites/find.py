@@ -1,0 +1,216 @@
+"""The search: candidates from the deepest module up, one probe for each kind of block, and a reason for each
+refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_geglu.sites.lone import lone_projection
+from hf_geglu.sites.observe import Probe, Seen, observe, visible
+from hf_geglu.sites.projections import Port, leads_on, read_port, within
+from hf_geglu.sites.signature import Signatures
+from hf_geglu.sites.site import FoundSites, Kind, Rejection, Site
+from hf_geglu.sites.twin import Mold
+
+PATIENCE = 2
+"""After so many blocks that held a projection could not be run, it is given up: the next one up is a whole model."""
+
+MOST = 3
+"""An FFN block has at most so many projections; one with more that cannot be run is not tried again from outside."""
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+"""Containers that are never called themselves."""
+
+
+@dataclass(slots=True, eq=False)
+class Free:
+    """A projection that no block has been found for yet."""
+
+    path: str
+    port: Port
+    failures: int = 0
+    probed: set[int] = field(default_factory=set)
+    """Blocks that ran and showed no link from this projection to another one inside."""
+
+
+def search(model: nn.Module) -> FoundSites:
+    """Every FFN block of a model, and every place that might have been one."""
+    return _Search(model).run()
+
+
+class _Search:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._mold = Mold(model)
+        self._signatures = Signatures()
+        self._probes: dict[Hashable, Probe] = {}
+        self._visited: set[int] = set()
+        self._sites: list[Site] = []
+        self._rejected: dict[str, Rejection] = {}
+        self._unrun: list[tuple[Rejection, frozenset[str]]] = []
+
+    def run(self) -> FoundSites:
+        left = [] if read_port(self._model) is not None else self._visit(self._model, "")
+        self._look_at_lone_projections(left)
+        taken = {path for site in self._sites for path in (site.gate, site.up, site.down)}
+        for rejection, paths in self._unrun:
+            if not paths & taken:
+                self._rejected.setdefault(rejection.path, rejection)
+        order = {path: index for index, (path, _) in enumerate(self._model.named_modules())}
+        last = len(order)
+        return FoundSites(
+            tuple(sorted(self._sites, key=lambda site: order.get(site.up, last))),
+            tuple(sorted(self._rejected.values(), key=lambda rejection: order.get(rejection.path, last))),
+        )
+
+    def _visit(self, module: nn.Module, path: str) -> list[Free]:
+        """Look through the children, then at the module itself; returns the projections nobody has claimed."""
+        self._visited.add(id(module))
+        free: list[Free] = []
+        for name, child in module._modules.items():
+            if child is None or id(child) in self._visited:
+                continue
+            child_path = f"{path}.{name}" if path else name
+            port = read_port(child)
+            if port is None:
+                free.extend(self._visit(child, child_path))
+            else:
+                self._visited.add(id(child))
+                free.append(Free(child_path, port))
+        self._look_for_fused_experts(module, path)
+        if isinstance(module, _LISTS) or not _unseen_pairs(free):
+            return free
+        if isinstance(module, PreTrainedModel):
+            self._look_at_heads(module, path, free)
+            return free
+        return self._probe(module, path, free)
+
+    def _probe(self, module: nn.Module, path: str, free: list[Free]) -> list[Free]:
+        """Run one block and sort what it shows into sites and rejections; what stays unexplained stays free."""
+        prefix = f"{path}." if path else ""
+        open_paths = tuple(one.path.removeprefix(prefix) for one in free)
+        signature = (self._signatures.of(module), open_paths)
+        probe = self._probes.get(signature)
+        if probe is None:
+            stub_sets = list(self._stub_sets(module, open_paths))
+            probe = observe(module, stub_sets=stub_sets, mold=self._mold) if stub_sets else Probe((), (), None)
+            self._probes[signature] = probe
+        for seen in probe.seen:
+            self._sites.append(as_site(module, path, seen))
+        reasons = list(dict.fromkeys(refusal.reason for refusal in probe.refused))
+        if reasons:
+            self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason="; ".join(reasons))
+        if probe.seen or reasons:
+            return []
+        if probe.error is not None and not any(one.failures for one in free):
+            reason = f"could not be run alone on synthetic input: {probe.error}"
+            rejection = Rejection(path=path, class_name=type(module).__name__, reason=reason)
+            self._unrun.append((rejection, frozenset(one.path for one in free)))
+        for one in free:
+            one.failures += 1
+            if probe.error is None:
+                one.probed.add(id(module))
+        given_up = probe.error is not None and len(free) > MOST
+        return [] if given_up else [one for one in free if one.failures < PATIENCE]
+
+    def _stub_sets(self, module: nn.Module, open_paths: Collection[str]) -> Iterator[tuple[str, ...]]:
+        """Which children to replace by noise: first all that hold several projections, then all but one at a time.
+
+        What is understood already (it holds none of `open_paths`) always stays replaced.
+        """
+        several = list(self._several(module, "", open_paths))
+        everything = tuple(path for path, _ in several)
+        sets = [everything]
+        for spared, understood in several:
+            if not understood:
+                inside = self._several(module.get_submodule(spared), spared, open_paths)
+                sets.append(
+                    tuple(path for path in everything if path != spared)
+                    + tuple(path for path, known in inside if known)
+                )
+        for stubs in sets:
+            ports = [port for _, port in visible(module, stubs)]
+            if any(a is not b and leads_on(a, b) for a in ports for b in ports):
+                yield stubs
+
+    def _several(self, module: nn.Module, path: str, open_paths: Collection[str]) -> Iterator[tuple[str, bool]]:
+        """The topmost descendants with two projections or more, and whether each is understood already."""
+        for name, child in module._modules.items():
+            if child is None or read_port(child) is not None:
+                continue
+            child_path = f"{path}.{name}" if path else name
+            if isinstance(child, _LISTS):
+                yield from self._several(child, child_path, open_paths)
+            elif len(within(child)) > 1:
+                yield child_path, not any(one.startswith(f"{child_path}.") for one in open_paths)
+
+    def _look_for_fused_experts(self, module: nn.Module, path: str) -> None:
+        shapes = {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None and p.ndim == 3}
+        fused = {name: shape for name, shape in shapes.items() if min(shape) > 1}
+        if fused and read_port(module) is None:
+            listed = ", ".join(f"{name} {shape}" for name, shape in fused.items())
+            reason = (
+                f"fused 3-D experts ({listed}): only experts with a projection module of their own are taken so far"
+            )
+            self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason=reason)
+
+    def _look_at_heads(self, model: nn.Module, path: str, free: list[Free]) -> None:
+        """Projections that sit in a whole model itself: a model is no block and is never run."""
+        prefix = f"{path}." if path else ""
+        own = [one for one in free if "." not in one.path.removeprefix(prefix) and not one.port.convolves]
+        for first, second in pairwise(own):
+            if leads_on(first.port, second.port):
+                widths = f"{first.port.d_in} -> {first.port.d_out}, {second.port.d_in} -> {second.port.d_out}"
+                reason = f"{first.path} and {second.path} ({widths}) sit in the model itself, in no block: a head"
+                self._rejected[path] = Rejection(path=path, class_name=type(model).__name__, reason=reason)
+
+    def _look_at_lone_projections(self, left: list[Free]) -> None:
+        for one in left:
+            path = one.path.rpartition(".")[0]
+            module = self._model.get_submodule(path)
+            if isinstance(module, (*_LISTS, PreTrainedModel)) or path in self._rejected or len(within(module)) != 1:
+                continue
+            reason = lone_projection(module, mold=self._mold)
+            if reason is not None:
+                self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason=reason)
+
+
+def as_site(block: nn.Module, path: str, seen: Seen) -> Site:
+    """What was seen in a block at `path`, in the words of the whole model."""
+    one = seen.observation
+
+    def absolute(relative: str) -> str:
+        return f"{path}.{relative}" if path else relative
+
+    return Site(
+        block=path,
+        gate=absolute(one.gate.path),
+        up=absolute(one.up.path),
+        down=absolute(one.down.path),
+        kind=_kind(block, one.projections),
+        layout=one.fit.layout,
+        activation=one.fit.activation,
+        activation_path=None if seen.activation_path is None else absolute(seen.activation_path),
+        gate_half=one.fit.gate_half,
+        projection="conv1d" if one.up.port.form == "conv1d" else "linear",
+        value_offset=one.fit.offset,
+        d_in=one.up.port.d_in,
+        width=one.down.port.d_in,
+        d_out=one.down.port.d_out,
+    )
+
+
+def _kind(block: nn.Module, projections: tuple[str, ...]) -> Kind:
+    if len({path.rpartition(".")[0] for path in projections}) > 1:
+        return "split"
+    return "module" if len(within(block)) == len(projections) else "inline"
+
+
+def _unseen_pairs(free: list[Free]) -> bool:
+    """Whether one projection could feed another, and no block that ran has shown otherwise."""
+    return any(a is not b and leads_on(a.port, b.port) and not (a.probed & b.probed) for a in free for b in free)

@@ -1,0 +1,197 @@
+"""Run a block's twin until it goes through, judge what it did, and rehearse what a conversion would do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_geglu.sites.arguments import FILLINGS, Filling, can_differ, fill, shapes
+from hf_geglu.sites.hypotheses import TOLERANCE
+from hf_geglu.sites.isolation import isolated
+from hf_geglu.sites.projections import Port, leads_on, within
+from hf_geglu.sites.trace import STUB_FORMS, Rehearsal, Stub, Trace
+from hf_geglu.sites.twin import Mold
+from hf_geglu.sites.verdict import Observation, Refusal, Verdict, entering, judge, value_of
+
+MAX_WIDTHS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An observation in words: paths relative to the block, widths, formula, and where the activation lives."""
+
+    observation: Observation
+    activation_path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What came of running one block. `error` says why it could not be run to its end, None where it was."""
+
+    seen: tuple[Seen, ...]
+    refused: tuple[Refusal, ...]
+    error: str | None
+
+
+@dataclass(slots=True)
+class Recipe:
+    """How a block was made to run; `forms` is what each stub has to answer with."""
+
+    stubs: Collection[str]
+    shape: tuple[int, ...]
+    filling: Filling
+    forms: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Run:
+    """One run: its recipe, what it recorded, and how it ended."""
+
+    recipe: Recipe
+    trace: Trace
+    error: str | None = None
+    answer: Any = None
+
+
+def observe(block: nn.Module, *, stub_sets: Collection[Collection[str]] = ((),), mold: Mold | None = None) -> Probe:
+    """Probe one block by behaviour; its weights are never read and nothing of it changes.
+
+    Args:
+        block: The module to be understood; it must run on one hidden state.
+        stub_sets: Paths of children to be replaced by noise. Each set is tried until one shows an FFN block.
+        mold: Casts the twins; give the one made of the whole model when many of its blocks are probed.
+    """
+    mold = mold or Mold(block)
+    verdict: Verdict | None = None
+    furthest: Run | None = None
+    with isolated():
+        for stubs in stub_sets:
+            for recipe in _recipes(block, stubs):
+                run = _persist(block, mold, recipe)
+                if run.error is None and run.trace.calls:
+                    shown = judge(run.trace)
+                    if shown.taken:
+                        return Probe(_located(block, mold, run, shown), shown.refused, None)
+                    verdict = verdict if verdict and verdict.refused else shown
+                    break
+                if furthest is None or len(run.trace.calls) > len(furthest.trace.calls):
+                    furthest = run
+        if verdict is None and furthest is not None:
+            shown = judge(furthest.trace)
+            if shown.taken:
+                return Probe(_located(block, mold, furthest, shown), shown.refused, furthest.error)
+    if verdict is not None:
+        return Probe((), verdict.refused, None)
+    return Probe((), (), furthest.error if furthest and furthest.error else "none of its projections was called")
+
+
+def visible(block: nn.Module, stubs: Collection[str]) -> list[tuple[str, Port]]:
+    """The projections of a block that are not below a stub."""
+    return [
+        (path, port)
+        for path, _, port in within(block)
+        if not any(path == stub or path.startswith(stub + ".") for stub in stubs)
+    ]
+
+
+def _recipes(block: nn.Module, stubs: Collection[str]) -> list[Recipe]:
+    """Every way to run a block, the likeliest first."""
+    ports = [port for _, port in visible(block, stubs)]
+    pairs = [(a, b) for a in ports for b in ports if a is not b and leads_on(a, b)]
+    pairs.sort(key=lambda pair: pair[0].d_in != pair[1].d_out)
+    widths = list(dict.fromkeys(first.d_in for first, _ in pairs))[:MAX_WIDTHS]
+    fillings = FILLINGS if can_differ(block) else FILLINGS[:1]
+    images = any(port.convolves for port in ports)
+    return [
+        Recipe(stubs, shape, filling)
+        for width in widths
+        for shape in shapes(width, channels_first=images)
+        for filling in fillings
+    ]
+
+
+def _persist(block: nn.Module, mold: Mold, recipe: Recipe) -> Run:
+    """Play a recipe, giving the stub that was called last another form each time the run fails right after it."""
+    while True:
+        run = play(block, mold, recipe)
+        stub = run.trace.last_stub
+        if run.error is None or stub is None or recipe.forms.get(stub, 0) + 1 >= STUB_FORMS:
+            return run
+        recipe.forms[stub] = recipe.forms.get(stub, 0) + 1
+
+
+def play(block: nn.Module, mold: Mold, recipe: Recipe, rehearsal: Rehearsal | None = None) -> Run:
+    """Run a fresh twin once. Whatever it raises is recorded, for it is somebody else's code."""
+    trace = Trace(forms=recipe.forms, rehearsal=rehearsal)
+    run = Run(recipe, trace)
+    try:
+        stubbed = {id(block.get_submodule(path)): partial(Stub, trace, path) for path in recipe.stubs}
+        twin = mold.cast(block, stubbed)
+        trace.attach(twin)
+        x = trace.noise(recipe.shape).requires_grad_()
+        extra = fill(twin, x, recipe.filling)
+        with trace:
+            run.answer = twin() if extra is None else twin(x.clone(), **extra)
+    except Exception as error:
+        run.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return run
+
+
+def _located(block: nn.Module, mold: Mold, run: Run, shown: Verdict) -> tuple[Seen, ...]:
+    return tuple(Seen(one, _activation_path(block, mold, run, one)) for one in shown.taken)
+
+
+def _activation_path(block: nn.Module, mold: Mold, run: Run, one: Observation) -> str | None:
+    """The attribute that a conversion can exchange, proven by exchanging it.
+
+    An attribute qualifies if each time it was called it heard the gate branch. Then the conversion is rehearsed: it
+    answers with fresh noise, and for a dense block the up projection is twice as wide; the noise must reach the down
+    projection.
+    """
+    times = sum(call.path == one.gate.path for call in run.trace.calls)
+    matching = []
+    for path in dict.fromkeys(heard.path for heard in run.trace.heard):
+        inputs = [heard.x for heard in run.trace.heard if heard.path == path]
+        if len(inputs) == times and any(_same(x.reshape(-1, x.shape[-1]), one.gate_NF) for x in inputs):
+            matching.append(path)
+    for path in sorted(matching, key=lambda path: (_wraps(block, path), path.count("."))):
+        rehearsal = Rehearsal(path, one.up.path if one.fit.layout == "dense" else None)
+        again = play(block, mold, run.recipe, rehearsal)
+        if again.error == run.error and _reaches(again.trace, one, rehearsal):
+            return path
+    return None
+
+
+def _reaches(trace: Trace, one: Observation, rehearsal: Rehearsal) -> bool:
+    """Whether the noise given by the exchanged activation is what entered the down projection, multiplied as before."""
+    downs = [call for call in trace.calls if call.path == one.down.path]
+    ups = [call for call in trace.calls if call.path == one.up.path]
+    if not len(downs) == len(ups) == len(rehearsal.given):
+        return False
+    for up, down, given in zip(ups, downs, rehearsal.given, strict=True):
+        expected = given.reshape(-1, given.shape[-1])
+        if one.fit.layout != "dense":
+            value_NF = value_of(up, down, one.fit)
+            if value_NF.shape != expected.shape:
+                return False
+            expected = expected * (value_NF + one.fit.offset)
+        if not _same(entering(down), expected):
+            return False
+    return True
+
+
+def _wraps(block: nn.Module, path: str) -> bool:
+    """Containers come last: exchanging one would also remove the dropout behind the activation."""
+    holder: object = block
+    for name in path.split("."):
+        holder = getattr(holder, name)
+    return isinstance(holder, nn.Sequential)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=TOLERANCE, atol=TOLERANCE)

@@ -1,0 +1,199 @@
+"""What happens inside a probe twin when it is run: which projection was called with what, and what each activation
+heard.
+
+No product with a weight is ever computed. Every projection of the twin answers with wide random values of its own, so
+the weights never matter, and whatever enters a later projection can be compared with what the earlier ones said.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hf_geglu.sites.projections import Port, read_port
+
+STUB_FORMS = 5
+"""How many forms the answer of a stub can take: tensor, then tuples of 2, 1, 3 and 4 that start with it."""
+
+
+class ProbeError(RuntimeError):
+    """The twin did something that a probe cannot follow; the message becomes part of a rejection."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a projection: what went in (with its history for autograd) and the random leaf that came out."""
+
+    path: str
+    port: Port
+    x: torch.Tensor
+    out: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Heard:
+    """One call of something that may be an activation: a module without projections, or a function in an attribute."""
+
+    path: str
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """Plays a conversion through: `wide` answers twice as wide, and the attribute at `substitute` gives new values."""
+
+    substitute: str
+    wide: str | None
+    given: list[torch.Tensor] = field(default_factory=list)
+
+
+class Stub(nn.Module):
+    """Takes the place of a child that is already understood; answers with noise shaped like its first tensor."""
+
+    def __init__(self, trace: Trace, path: str) -> None:
+        super().__init__()
+        self.trace = trace
+        self.path = path
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Imitate the first tensor among the arguments, in the form that is being tried for this stub."""
+        self.trace.last_stub = self.path
+        like = next(
+            (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.is_floating_point()), None
+        )
+        if like is None:
+            raise ProbeError(f"{self.path} was called without a tensor")
+        x = self.trace.noise(like.shape)
+        form = self.trace.forms.get(self.path, 0)
+        return (x, (x, None), (x,), (x, None, None), (x, None, None, None))[form]
+
+
+class Trace(TorchFunctionMode):
+    """Attached to a twin, records its calls; entered, keeps products with large stand-in weights from being
+    computed."""
+
+    def __init__(self, *, forms: dict[str, int] | None = None, rehearsal: Rehearsal | None = None) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.heard: list[Heard] = []
+        self.forms = forms if forms is not None else {}
+        self.last_stub: str | None = None
+        self._rehearsal = rehearsal
+        self._generator = torch.Generator().manual_seed(1)
+        self._taps: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
+
+    def noise(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """N(0, 3), with one value in eight four times as large: wide enough to part gelu from gelu_10 and relu6."""
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float64, device="cpu") * 3
+        rare = torch.rand(shape, generator=self._generator, dtype=torch.float64, device="cpu") < 0.125
+        return torch.where(rare, values * 4, values)
+
+    def attach(self, twin: nn.Module, *, path: str = "") -> bool:
+        """Wrap the projections and the possible activations below `twin`; returns whether it holds any projection."""
+        port = read_port(twin)
+        if port is not None:
+            twin.__dict__["forward"] = tap = partial(self._tap, twin, path, port)
+            weight = twin._parameters.get("weight")
+            if weight is not None:
+                self._taps[id(weight)] = tap
+            return True
+        if isinstance(twin, Stub):
+            return True
+        holds = [
+            self.attach(child, path=_join(path, name)) for name, child in twin._modules.items() if child is not None
+        ]
+        for name, value in list(twin.__dict__.items()):
+            if name != "forward" and not name.startswith("_") and _is_function(value):
+                twin.__dict__[name] = partial(self._hear, value, _join(path, name))
+        if not any(holds) and path:
+            twin.__dict__["forward"] = partial(self._hear, twin.forward, path)
+        return any(holds)
+
+    def _tap(self, twin: nn.Module, path: str, port: Port, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Stands for the forward of a projection."""
+        if port.convolves:
+            shape = _convolved(twin, x)
+        elif x.shape[-1] != port.d_in:
+            raise ProbeError(f"{path} expects width {port.d_in} and was given {tuple(x.shape)}")
+        else:
+            widened = self._rehearsal is not None and self._rehearsal.wide == path
+            shape = (*x.shape[:-1], port.d_out * (2 if widened else 1))
+        out = self.noise(shape).requires_grad_()
+        self.calls.append(Call(path, port, x.clone(), out))
+        return out.clone()  # an in-place activation may write into it
+
+    def _hear(self, function: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+        """Stands for a possible activation: records tensor to tensor, passes everything else on."""
+        x = args[0] if args else None
+        before = x.detach().clone() if isinstance(x, torch.Tensor) else None
+        if before is not None and self._rehearsal is not None and self._rehearsal.substitute == path:
+            shape = (*before.shape[:-1], before.shape[-1] // 2) if self._rehearsal.wide else before.shape
+            self._rehearsal.given.append(self.noise(shape))
+            return self._rehearsal.given[-1].clone()
+        y = function(*args, **kwargs)
+        if before is not None and isinstance(y, torch.Tensor):
+            self.heard.append(Heard(path, before, y.detach().clone()))
+        return y
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Route functional products with the weight of a projection to its tap, and refuse the other large ones."""
+        if func in _PRODUCTS:
+            if func is torch.nn.functional.linear and len(args) > 1 and id(args[1]) in self._taps:
+                return self._taps[id(args[1])](args[0])
+            if any(_costly(a) for a in args):
+                raise ProbeError("a product with a large weight outside any projection module")
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = frozenset(
+    {
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.mm,
+        torch.Tensor.mm,
+        torch.bmm,
+        torch.Tensor.bmm,
+        torch.baddbmm,
+        torch.addmm,
+        torch.einsum,
+    }
+)
+
+
+def _costly(value: Any) -> bool:
+    """Whether a tensor is one number seen from many indices: a product would first spell it out in memory."""
+    return isinstance(value, torch.Tensor) and value.numel() > 1 << 20 and not any(value.stride())
+
+
+def _convolved(twin: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
+    """The shape a convolution would answer with, computed on the meta device: right for subclasses and paddings too."""
+    kept = dict(twin._parameters)
+    for name, parameter in kept.items():
+        if parameter is not None:
+            twin._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    try:
+        answer: torch.Tensor = type(twin).forward(twin, x.detach().to("meta"))
+    finally:
+        twin._parameters.update(kept)
+    return tuple(answer.shape)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _is_function(value: Any) -> bool:
+    """Functions, partials and callables of torch that an attribute may hold; neither classes nor modules."""
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial))

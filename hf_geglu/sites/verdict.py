@@ -1,0 +1,191 @@
+"""From the record of one run to what it shows: FFN blocks, and the pairs of projections that are none, with the reason.
+
+Who feeds whom is read off the gradients: the answers of the projections are random leaves, so the input of a
+projection has a gradient with respect to exactly those whose answers it was made of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_geglu.sites.activations import SATURATING
+from hf_geglu.sites.hypotheses import Fit, fit
+from hf_geglu.sites.projections import leads_on
+from hf_geglu.sites.trace import Call, Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observation:
+    """One block as it was seen at work: the calls of its projections, the formula that holds, and the next best one."""
+
+    gate: Call
+    up: Call
+    down: Call
+    fit: Fit
+    runner_up: Fit | None
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Paths of its two or three projections."""
+        return tuple(dict.fromkeys((self.gate.path, self.up.path, self.down.path)))
+
+    @property
+    def gate_NF(self) -> torch.Tensor:
+        """What goes through the activation."""
+        return _halves(self.gate, self.down, self.fit)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Projections that feed each other and yet are no FFN block."""
+
+    projections: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Everything that one run showed."""
+
+    taken: tuple[Observation, ...]
+    refused: tuple[Refusal, ...]
+
+
+def rows(call: Call) -> torch.Tensor:
+    """The answer of a projection as (N, K): channels last, tokens flattened."""
+    return _rows(call.out.detach(), call)
+
+
+def entering(call: Call) -> torch.Tensor:
+    """What entered a projection as (N, F)."""
+    return _rows(call.x.detach(), call)
+
+
+def judge(trace: Trace) -> Verdict:
+    """Look at every projection that was called and say what fed it."""
+    found: list[Observation] = []
+    refused: list[Refusal] = []
+    for index, down in enumerate(trace.calls):
+        feeding = _feeding(down, trace.calls[:index])
+        if not 1 <= len(feeding) <= 2:
+            continue
+        outcome = _pair(down, feeding)
+        if isinstance(outcome, Observation):
+            found.append(outcome)
+        elif outcome is not None:
+            refused.append(outcome)
+    taken: list[Observation] = []
+    for one in found:
+        reason = _unfit(one) or _chained(one, found)
+        if reason is None:
+            taken.append(one)
+        else:
+            refused.append(Refusal(one.projections, reason))
+    used = {path for one in taken for path in one.projections}
+    refused = [r for r in refused if not used.intersection(r.projections)]
+    unique = {one.projections: one for one in reversed(taken)}
+    return Verdict(tuple(reversed(unique.values())), tuple(dict.fromkeys(refused)))
+
+
+def _feeding(down: Call, earlier: list[Call]) -> list[Call]:
+    """The earlier calls whose answers went into the input of `down`, through anything but another projection."""
+    if not earlier or not down.x.requires_grad:
+        return []
+    weights = torch.linspace(0.5, 1.5, down.x.numel(), dtype=down.x.dtype).reshape(down.x.shape)
+    grads = torch.autograd.grad(
+        (down.x * weights).sum(), [call.out for call in earlier], retain_graph=True, allow_unused=True
+    )
+    return [call for call, grad in zip(earlier, grads, strict=True) if grad is not None and bool(grad.any())]
+
+
+def _pair(down: Call, feeding: list[Call]) -> Observation | Refusal | None:
+    """What `down` and the one or two projections that feed it are; None where their widths say nothing."""
+    paths = tuple(call.path for call in (*feeding, down))
+    fits = fit(entering(down), [rows(call) for call in feeding])
+    if fits and fits[0].holds:
+        rivals = [one for one in fits[1:] if one.activation != fits[0].activation or one.layout != fits[0].layout]
+        runner_up = rivals[0] if rivals else None
+        if runner_up is not None and runner_up.holds:
+            return Refusal(paths, f"{fits[0]} and {runner_up} cannot be told apart")
+        gate = feeding[fits[0].gate_source]
+        up = feeding[1 - fits[0].gate_source] if fits[0].layout == "separate" else gate
+        return Observation(gate, up, down, fits[0], runner_up)
+    if not any(leads_on(call.port, down.port) for call in feeding):
+        return None
+    names = " and ".join(f"{call.path} ({call.port.d_in} -> {call.port.d_out})" for call in feeding)
+    return Refusal(paths, f"what enters {down.path} is no activation of {names}: {_mixing(down, feeding, fits)}")
+
+
+def _mixing(down: Call, feeding: list[Call], fits: list[Fit]) -> str:
+    """Why no formula holds, as far as gradients show it."""
+    x_NF = _rows(down.x, down)
+    for call in feeding:
+        grad = torch.autograd.grad(x_NF[-1].sum(), call.out, retain_graph=True, allow_unused=True)[0]
+        if grad is not None and int(_rows(grad, call).any(dim=-1).sum()) > 1:
+            return "positions are mixed in between (attention, a convolution or a pooling)"
+    for column in range(min(4, x_NF.shape[-1])):
+        grad = torch.autograd.grad(x_NF[-1, column], feeding[0].out, retain_graph=True, allow_unused=True)[0]
+        if grad is not None and int(_rows(grad, feeding[0]).any(dim=0).sum()) > 2:
+            return "neurons are mixed in between (a norm or a softmax)"
+    if any(call.port.form == "convolution" for call in (down, *feeding)):
+        return "a convolution wider than 1 is involved"
+    return f"the best fit is {fits[0]}" if fits else "as many numbers do not come out as go in"
+
+
+def _unfit(one: Observation) -> str | None:
+    """Why a pair whose formula holds is still no FFN block."""
+    up, down, seen = one.up, one.down, one.fit
+    if any(call.port.form == "convolution" for call in (one.gate, up, down)):
+        return f"a convolution wider than 1 is one of its projections ({up.path}, {down.path})"
+    if one.gate.x.shape != up.x.shape or not torch.equal(one.gate.x, up.x):
+        return f"gate {one.gate.path} and value {up.path} read different inputs"
+    if up.port.d_in != down.port.d_out:
+        return (
+            f"{up.path} reads width {up.port.d_in} and {down.path} writes width {down.port.d_out}: "
+            f"a head or an adaptor between widths, d_in != d_out"
+        )
+    if seen.layout == "dense" and seen.activation == "linear":
+        return f"no activation between {up.path} and {down.path}: a low-rank pair"
+    if seen.layout == "dense" and seen.activation in SATURATING:
+        return f"{seen.activation} between {up.path} and {down.path} saturates: a pooler or a gate, not an FFN"
+    if seen.layout == "dense" and down.port.d_in < up.port.d_in:
+        return f"a bottleneck ({up.port.d_in} -> {down.port.d_in} -> {down.port.d_out}): an adapter or squeeze-excite"
+    if up.port.form == "pointwise" or down.port.form == "pointwise":
+        return f"{seen} in 1x1 convolutions ({up.path}, {down.path}): only linear projections are converted so far"
+    return None
+
+
+def _chained(one: Observation, found: list[Observation]) -> str | None:
+    """Whether an activated projection comes before or after the pair: then it is a perceptron of more layers."""
+    for other in found:
+        if other.fit.activation == "linear" or other is one:
+            continue
+        if other.down.path in (one.up.path, one.gate.path) or one.down.path in (other.up.path, other.gate.path):
+            return (
+                f"a chain of more than two projections: {', '.join(dict.fromkeys(one.projections + other.projections))}"
+            )
+    return None
+
+
+def value_of(up: Call, down: Call, seen: Fit) -> torch.Tensor:
+    """What the activation is multiplied by in a gated block, read off this call of the up projection."""
+    return rows(up) if seen.layout == "separate" else _halves(up, down, seen)[1]
+
+
+def _halves(call: Call, down: Call, seen: Fit) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and value of a packed answer; the whole answer twice where it is not packed."""
+    answer_NK, width = rows(call), down.port.d_in
+    if seen.layout == "packed":
+        halves = (answer_NK[..., :width], answer_NK[..., width:])
+    elif seen.layout == "interleaved":
+        halves = (answer_NK[..., 0::2], answer_NK[..., 1::2])
+    else:
+        halves = (answer_NK, answer_NK)
+    return halves if seen.gate_half != "last" else (halves[1], halves[0])
+
+
+def _rows(tensor: torch.Tensor, call: Call) -> torch.Tensor:
+    moved = tensor.movedim(1, -1) if call.port.convolves and tensor.ndim > 2 else tensor
+    return moved.reshape(-1, moved.shape[-1])
