@@ -52,6 +52,7 @@ class Tally:
     """Counts what goes in, what comes out and what is left over."""
 
     documents: int = 0
+    lines: int = 0
     empty: int = 0
     tokens: int = 0
     blocks: int = 0
@@ -62,8 +63,9 @@ class Tally:
 
     def line(self, what: str) -> str:
         """One line for people."""
-        parts = [f"{self.documents:,} documents, {self.tokens:,} tokens, {self.blocks:,} blocks"]
-        if self.empty:
+        rows = f"{self.lines:,} lines of running text" if self.lines else f"{self.documents:,} documents"
+        parts = [f"{rows}, {self.tokens:,} tokens, {self.blocks:,} blocks"]
+        if self.empty and not self.lines:
             parts.append(f"{self.empty:,} empty documents skipped")
         if self.truncated_documents:
             parts.append(f"{self.truncated_documents:,} documents cut short, {self.truncated_tokens:,} tokens dropped")
@@ -102,7 +104,11 @@ def packing_for(
         begins = bool(bos) and list(starts[:1]) == list(bos)
         end = _present(tokenizer.eos_token_id) or _present(tokenizer.sep_token_id)
         packing = Packing(
-            block_size, before=bos if begins and not joined else (), after=() if joined else end, one_each=one_each
+            block_size,
+            before=bos if begins and not joined else (),
+            after=() if joined else end,
+            head=bos if begins and joined else (),
+            one_each=one_each,
         )
     if packing.room < 1:
         raise ConfigurationError(

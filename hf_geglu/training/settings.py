@@ -180,7 +180,7 @@ class ModelSettings:
     model_name_or_path: str = dataclasses.field(metadata={"help": "Hub id or local folder", "aliases": ["--model"]})
     tokenizer_name: str | None = _flag(None, "Hub id or local folder of the tokenizer, where it is not the model's")
     model_revision: str | None = _flag(None, "branch, tag or commit on the Hub", aliases=("revision",))
-    trust_remote_code: bool = _flag(False, "run code that comes with the model or dataset")
+    trust_remote_code: bool = _flag(False, "run code that comes with the model")
     attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2 ...; default: transformers' choice")
     convert: bool = _flag(False, "convert the FFN blocks before training")
     variant: str = _flag("geglu", "GLU variant to convert to: geglu, geglu_tanh, swiglu, reglu, bilinear, glu")
@@ -223,7 +223,7 @@ class DataSettings:
         "file", "what is one document in a txt file: all of it, each line, or each paragraph between blank lines"
     )
     validation_split_percentage: float = _flag(
-        5.0, "share of the rows held out where there is no validation set", unit="%", off="0"
+        5.0, "share of the rows held out where there is no validation set", unit="percent", off="0"
     )
     max_train_samples: int | None = _flag(None, "use only the first so many rows", unit="rows")
     max_eval_samples: int | None = _flag(None, "the same of the validation set", unit="rows")
