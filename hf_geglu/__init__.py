@@ -1,0 +1,81 @@
+"""Turn the FFN blocks of a pretrained transformers model into GeGLU blocks without breaking it.
+
+``import hf_geglu`` registers the GLU variants in ``ACT2FN`` and the variants' model types in the Auto classes. Both are
+idempotent and cheap; everything else is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_geglu import auto, variants
+from hf_geglu.errors import HfGegluError
+from hf_geglu.variants import VARIANTS, Variant
+
+if TYPE_CHECKING:
+    from hf_geglu.distance import Comparison, compare
+    from hf_geglu.config import geglu_config
+    from hf_geglu.converting import convert
+    from hf_geglu.hub.loading import from_pretrained
+    from hf_geglu.hub.saving import save_folder
+    from hf_geglu.plan import Plan, make_plan
+    from hf_geglu.sites import FoundSites, Rejection, Site, find_sites
+    from hf_geglu.surgery import forget_original, revert
+    from hf_geglu.verify import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VARIANTS",
+    "Comparison",
+    "FoundSites",
+    "HfGegluError",
+    "Plan",
+    "Rejection",
+    "Report",
+    "Site",
+    "Variant",
+    "compare",
+    "convert",
+    "find_sites",
+    "forget_original",
+    "from_pretrained",
+    "geglu_config",
+    "make_plan",
+    "revert",
+    "save_folder",
+]
+
+_HOMES = {
+    "Comparison": "distance",
+    "FoundSites": "sites",
+    "Plan": "plan",
+    "Rejection": "sites",
+    "Report": "verify",
+    "Site": "sites",
+    "compare": "distance",
+    "convert": "converting",
+    "find_sites": "sites",
+    "forget_original": "surgery",
+    "from_pretrained": "hub.loading",
+    "geglu_config": "config",
+    "make_plan": "plan",
+    "revert": "surgery",
+    "save_folder": "hub.saving",
+}
+
+variants.register()
+auto.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,154 @@
+"""geglu_config: the same architecture with GeGLU blocks, as a config for ``AutoModelFor*.from_config``, untrained.
+
+As everywhere, what a config entry does is found out by building the model (on the meta device, without weights) and looking.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hf_geglu.auto import auto_classes
+from hf_geglu.errors import PlanError
+from hf_geglu.modeling_geglu import base_class
+from hf_geglu.native import changed_config
+from hf_geglu.plan import Plan, make_plan
+from hf_geglu.sites import find_sites
+from hf_geglu.surgery import declare_config, site_entry
+from hf_geglu.variants import VARIANTS, get_variant
+from hf_geglu.width import matched_width
+
+NATIVELY_GATED = {
+    # T5, LongT5, UDOP... "gelu_python" is the erf form; "gated-gelu" is read as the tanh form
+    "feed_forward_proj": {"geglu": "gated-gelu_python", "geglu_tanh": "gated-gelu", "swiglu": "gated-silu", "reglu": "gated-relu"},
+}
+"""The one table of this package: config entries that turn a dense architecture into its own gated one. They cannot be found
+by looking at a dense model."""
+
+
+def geglu_config(config: Any, width: Literal["same", "matched"] | int = "same", *, variant: str = "geglu") -> Any:
+    """A config whose models have GeGLU blocks where those of `config` have dense or other gated ones.
+
+    Args:
+        config: of any transformers model, dense or gated. It is not changed.
+        width: "same" intermediate size; "matched" keeps the parameters (two thirds of a dense block's width, the same for a
+            block that is gated already); or the intermediate size itself.
+        variant: a name of `hf_geglu.VARIANTS`.
+
+    Returns:
+        A plain config of the same class where the architecture has gated blocks of its own, otherwise the config of the
+        portable variant (``GegluBertConfig``). ``AutoModelFor*.from_config`` takes either.
+
+    Raises:
+        VariantError: unknown variant.
+        PlanError: `config` is a variant's already, or no entry of it sets that width.
+        NoSitesError: the architecture has no FFN block.
+    """
+    get_variant(variant)
+    if hasattr(config, "geglu"):
+        raise PlanError(f"this {type(config).__name__} is a GeGLU variant's already; hand in the base model's config")
+    model = _on_meta(config)
+    native = _natively_gated(config, model, variant)
+    if native is not None:
+        return _with_width(native, model, width)
+    plan = make_plan(model, variant, gelu="named")
+    if plan.refused:
+        raise PlanError(f"{plan.refused[0].path} cannot become {variant}: {plan.refused[0].reason}")
+    if plan.tier == "native":
+        return _with_width(changed_config(config, plan.config_changes), model, width)
+    return _portable(_with_width(config, model, width), plan)
+
+
+def _on_meta(config: Any) -> nn.Module:
+    """The architecture's base model (or its first head), without weights."""
+    heads = auto_classes(config.model_type)
+    name = heads.get("AutoModel") or next(iter(heads.values()), None)
+    if name is None:
+        raise PlanError(f"transformers has no model class for the model type {config.model_type!r}")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = base_class(name)(copy.deepcopy(config))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _portable(config: Any, plan: Plan) -> Any:
+    model = _on_meta(config)
+    plan = make_plan(model, plan.variant, gelu="named")
+    config = copy.deepcopy(config)
+    declare_config(config, type(model), [site_entry(entry) for entry in plan.converted], plan)
+    return config
+
+
+def _natively_gated(config: Any, model: nn.Module, variant: str) -> Any | None:
+    """The config of the architecture's own gated form, where the table has one and it does what it says."""
+    gate = VARIANTS[variant].gate
+    for key, values in NATIVELY_GATED.items():
+        if not hasattr(config, key) or variant not in values:
+            continue
+        changed = changed_config(config, {key: values[variant]})
+        sites = find_sites(_on_meta(changed)).sites
+        if len(sites) == len(find_sites(model).sites) and all(site.gated and site.activation == gate for site in sites):
+            return changed
+    return None
+
+
+def _with_width(config: Any, model: nn.Module, width: Literal["same", "matched"] | int) -> Any:
+    """`config` with another intermediate size, if `width` asks for one."""
+    sites = find_sites(model).sites
+    wanted: dict[int, int] = {}
+    for site in sites:
+        if width == "same" or (width == "matched" and site.gated):
+            wanted[site.width] = site.width
+        elif isinstance(width, str):
+            if width != "matched":
+                raise PlanError(f"width={width!r}; expected 'same', 'matched' or a number of neurons")
+            wanted[site.width] = matched_width(site.width)
+        elif width < 1:
+            raise PlanError(f"width={width}; expected at least one neuron")
+        else:
+            wanted[site.width] = width
+    if all(old == new for old, new in wanted.items()):
+        return config
+    for changes in _width_changes(config, wanted):
+        try:
+            changed = changed_config(config, changes)
+            observed = [site.width for site in find_sites(_on_meta(changed)).sites]
+        except Exception:  # an entry of that value that means something else: not the one that is looked for
+            continue
+        if observed == [wanted[site.width] for site in sites]:
+            return changed
+    raise PlanError(
+        f"no entry of {type(config).__name__} sets the intermediate sizes {sorted(wanted)} to {[wanted[w] for w in sorted(wanted)]}; "
+        "set them in the config yourself and call geglu_config with width='same'"
+    )
+
+
+def _width_changes(config: Any, wanted: Mapping[int, int]) -> Iterator[dict[str, Any]]:
+    """Config entries that may set the width: those with its value, and those that stand empty for a default."""
+    same = {key: wanted[value] for key, value in _entries(config) if isinstance(value, int) and value in wanted}
+    for key, value in same.items():
+        yield {key: value}
+    if same:
+        yield same
+    named = {key: value for key, value in same.items() if any(part in key for part in ("ff", "inter", "inner", "mlp"))}
+    if named and named != same:
+        yield named
+    if len(set(wanted.values())) == 1:
+        new = next(iter(wanted.values()))
+        for key, value in _entries(config):
+            if value is None and any(part in key for part in ("ff", "inter", "inner", "mlp")):
+                yield {key: new}
+
+
+def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    from transformers import PretrainedConfig
+
+    for key, value in sorted(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            yield from _entries(value, f"{prefix}{key}.")
+        elif not isinstance(value, bool):
+            yield prefix + key, value

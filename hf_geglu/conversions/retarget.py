@@ -1,0 +1,35 @@
+"""retarget: a gated block gets another gate activation, ``act(z) v = f(a z) (beta v)``, folded into its weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from hf_geglu.conversions.precision import rounded, scaled
+from hf_geglu.conversions.scaling import Scaling
+from hf_geglu.errors import ConversionError
+
+
+def retarget(parameter: torch.Tensor, branch: Literal["gate", "value"], scaling: Scaling) -> torch.Tensor:
+    """A weight or bias of a gated block as the new gate wants it: ``a parameter`` (gate) or ``beta parameter`` (value).
+
+    Exact where `scaling` is; for SiLU -> GELU it is ``silu(z) ~ 1.702 gelu(z/1.702)`` (arXiv:1606.08415, section 2).
+
+    Args:
+        parameter: weight or bias of that branch, any shape.
+        branch: which of the two it belongs to.
+        scaling: a line of `scaling.SCALINGS` with alpha = 0.
+
+    Returns:
+        Same shape and dtype, computed in float32 or better and rounded once.
+
+    Raises:
+        ConversionError: `scaling` needs the value branch for itself (alpha != 0).
+    """
+    if not scaling.fits_gated:
+        raise ConversionError(
+            f"{scaling.source} -> {scaling.gate} writes the gate's input into the value branch, but a gated block uses "
+            "its value branch; expected a scaling with alpha = 0"
+        )
+    return rounded(scaled(parameter, scaling.a if branch == "gate" else scaling.beta), parameter.dtype)

@@ -1,0 +1,145 @@
+"""convert: plan, surgery and verification in one call that either is complete or has not happened."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hf_geglu.distance import Comparison, Outputs, cast, comparison, evaluating, is_causal, outputs_of
+from hf_geglu.errors import PlanError
+from hf_geglu.inputs import Inputs, synthetic_inputs
+from hf_geglu.plan import GeluForm, Plan, make_plan
+from hf_geglu.selection import Layers
+from hf_geglu.surgery import apply, revert
+from hf_geglu.verify import Report, check_exactness, check_sites, check_values
+
+Verify = Literal["model", "sites"]
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    variant: str = "geglu",
+    layers: Layers = None,
+    gelu: GeluForm = "owner",
+    inputs: Inputs | None = None,
+    verify: Verify = "model",
+) -> Report:
+    """Turn the FFN blocks of `model` into GeGLU blocks, in place, and prove it.
+
+    Blocks that are already what was asked for are left alone; where all of them are, nothing happens and the report says
+    so. The originals stay on the model until `revert` or `forget_original`.
+
+    Args:
+        model: a transformers model with its weights, or any module whose FFN blocks `find_sites` sees.
+        plan: from `make_plan`; the arguments `variant`, `layers` and `gelu` make one otherwise.
+        variant: see `make_plan`.
+        layers: see `make_plan`.
+        gelu: see `make_plan`.
+        inputs: keyword arguments of one forward, for the verification; synthetic ones otherwise.
+        verify: "model" runs the whole model before and after (a model in a 16-bit dtype also in float32, for which a copy
+            is made and dropped); "sites" checks every block in float64 only.
+
+    Returns:
+        The report of what was measured.
+
+    Raises:
+        HfGegluError: any of the tree in `hf_geglu.errors`; the model is then as it was before the call.
+    """
+    if plan is None:
+        plan = make_plan(model, variant, layers=layers, gelu=gelu)
+    elif (variant, layers, gelu) != ("geglu", None, "owner"):
+        raise PlanError("a plan and its settings were both given; put variant, layers and gelu into make_plan")
+    note = ""
+    before: dict[torch.dtype, Outputs] = {}
+    if verify == "model" and plan.converted:
+        before, inputs, note = _first_run(model, inputs)
+    undo = apply(model, plan)
+    try:
+        sites = check_sites(model, undo)
+        comparisons = tuple(
+            _compare_run(model, dtype, outputs, inputs) for dtype, outputs in before.items() if inputs is not None
+        )
+        check_exactness(plan, comparisons, _noise(before))
+        values, response = check_values(model, plan, cast(inputs, model)) if inputs is not None and before else ((), None)
+    except BaseException:
+        revert(model)
+        raise
+    return Report(
+        model_class=plan.model_class,
+        variant=plan.variant,
+        tier=plan.tier,
+        exact=plan.exact,
+        converted=len(plan.converted),
+        comparisons=comparisons,
+        sites=sites,
+        values=values,
+        response=response,
+        note=note if plan.converted else f"every selected block is {plan.variant} already; nothing was changed",
+    )
+
+
+def _first_run(
+    model: nn.Module, inputs: Inputs | None
+) -> tuple[dict[torch.dtype, Outputs], Inputs | None, str]:
+    """Outputs before the conversion, by dtype. Without inputs of the user's, a model that cannot be run on synthetic ones
+    is verified site by site, and the note says so."""
+    given = inputs is not None
+    if inputs is None:
+        inputs = synthetic_inputs(model)
+    if inputs is None:
+        return {}, None, "the whole model was not run: its config does not say what its inputs look like; hand in inputs="
+    own = next(model.parameters()).dtype
+    try:
+        return {dtype: _run(model, dtype, inputs) for dtype in _dtypes(own)}, inputs, ""
+    except Exception as error:  # whatever a model has against made-up inputs; the user's own are his to hear about
+        if given:
+            raise
+        return {}, None, f"the whole model was not run, synthetic inputs failed: {error}; hand in inputs="
+
+
+def _dtypes(own: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (own, torch.float32) if own in _LOW_PRECISION else (own,)
+
+
+def _run(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> Outputs:
+    if next(model.parameters()).dtype != dtype:
+        model = _copy(model, dtype)
+    with evaluating(model), torch.no_grad():
+        return outputs_of(model, cast(inputs, model))
+
+
+def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another dtype, without the originals that the conversion keeps on the model."""
+    memo: dict[int, Any] = {}
+    for name, value in model.__dict__.items():
+        if name == "_hf_geglu_undo":
+            memo[id(value)] = None
+    return copy.deepcopy(model, memo).to(dtype)
+
+
+def _compare_run(model: nn.Module, dtype: torch.dtype, before: Outputs, inputs: Inputs) -> Comparison:
+    return comparison(
+        before,
+        _run(model, dtype, inputs),
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=inputs.get("input_ids"),
+        causal=is_causal(model),
+    )
+
+
+def _noise(before: Mapping[torch.dtype, Outputs]) -> dict[str, float]:
+    """How far a 16-bit original is from itself in float32: what an exact conversion may move it by."""
+    wide = before.get(torch.float32)
+    return {
+        str(dtype).removeprefix("torch."): comparison(wide, outputs, dtype="").max_rel
+        for dtype, outputs in before.items()
+        if wide is not None and dtype in _LOW_PRECISION
+    }

@@ -1,0 +1,103 @@
+"""Writes a model's folder so that it is there completely or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_geglu.errors import OutputError
+
+
+def check_output(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The folder as a path, if it may be written. Creates nothing.
+
+    Raises:
+        OutputError: it is a file, or it is not empty and `overwrite` is off.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target.name} is a file; expected a folder to write to")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise OutputError(f"the output folder {target.name} is not empty; choose another one, or say --overwrite")
+    return target
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its place when the block ends well and vanishes when it does not.
+
+    With `overwrite` a folder of that name is replaced as a whole, after the new one is complete.
+
+    Raises:
+        OutputError: see `check_output`.
+    """
+    target = check_output(folder, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target: a rename works within one file system only
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield temporary
+        _flush(temporary)
+        _make_readable(temporary)
+        old: Path | None = None
+        if target.is_dir() and any(target.iterdir()):
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "old"
+            target.rename(old)
+        elif target.is_dir():
+            target.rmdir()
+        temporary.rename(target)
+        if old is not None:
+            shutil.rmtree(old.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def save_folder(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a model, its generation config and its tokenizer or processor: all of it or nothing.
+
+    Args:
+        model: a transformers model, converted or not.
+        folder: where to. Must not exist, or be empty, unless `overwrite`.
+        tokenizer: anything with `save_pretrained` that belongs to the model.
+        max_shard_size: largest weights file, as in transformers.
+        overwrite: replace what is there, once the new folder is complete.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder must not be written.
+    """
+    with whole_folder(folder, overwrite=overwrite) as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return Path(folder)
+
+
+def _flush(folder: Path) -> None:
+    """Weights reach the disk before the folder gets its name: a power cut leaves no complete-looking folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _make_readable(folder: Path) -> None:
+    """`mkdtemp` makes folders for their owner only; a saved model has the permissions of any other folder."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)

@@ -1,0 +1,319 @@
+"""The run time of a GeGLU variant: it builds the converted blocks when a checkpoint is loaded.
+
+This file travels with every checkpoint that needs it (``trust_remote_code=True`` runs it) and is also what the plugin uses,
+so it imports torch and transformers and nothing else.
+
+How a variant is put together:
+
+* Its config is a subclass of the base's, ``model_type = "geglu_" + base``, with a ``geglu`` entry that lists the sites.
+* Its classes are subclasses of the base's, made on demand: ``GegluBertForMaskedLM(GegluMixin, BertForMaskedLM)``.
+* A dense block keeps its modules, names and ``forward``. The up projection becomes twice as wide, rows packed as
+  [gate | value], and the activation becomes a `PackedGLU` that splits them: ``activation(gate) * value``
+  (Shazeer 2020, arXiv:2002.05202, eq. 6, with biases).
+* A gated block keeps its projections; only its activation is another one.
+
+Shapes: D hidden size, F intermediate size; a packed projection is D -> 2F.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+SCHEMA = 1
+"""Version of ``config.geglu``. A reader refuses a newer one instead of guessing."""
+
+MODEL_TYPE_PREFIX = "geglu_"
+CLASS_PREFIX = "Geglu"
+TRIPWIRE = (
+    "geglu: this checkpoint is a GeGLU variant, which the plain class cannot run; load it with the AutoModel classes "
+    "after `import hf_geglu` (pip install hf_geglu), or with trust_remote_code=True"
+)
+"""What the config states as its activation. Every class looks that name up in ACT2FN, so one that knows nothing of
+variants stops here, with this sentence in the error, instead of running the wrong network."""
+
+
+class VariantLoadError(ValueError):
+    """A variant that cannot be built from its config: newer schema, or sites that this class does not have."""
+
+
+class PackedGLU(nn.Module):
+    """The gated unit on a packed projection: ``activation(gate) * value`` with ``[gate | value]`` in the last dimension.
+
+    The gate comes first, as in the formulas of Shazeer 2020 (arXiv:2002.05202, eq. 5 and 6: ``GELU(xW) * xV``).
+    `torch.nn.functional.glu` puts it last: ``glu(cat([value, gate])) == value * sigmoid(gate)``.
+
+    Args:
+        activation: what the gate goes through: a module, a function, or a name in transformers' ``ACT2FN``.
+
+    Shapes: (..., 2F) -> (..., F). Raises ValueError where the last dimension is odd.
+    """
+
+    def __init__(self, activation: str | Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.activation = ACT2FN[activation] if isinstance(activation, str) else activation
+
+    def forward(self, packed: torch.Tensor) -> torch.Tensor:
+        """Split into halves and multiply."""
+        if packed.shape[-1] % 2:
+            raise ValueError(
+                f"a packed GLU halves the last dimension, but it has {packed.shape[-1]} elements; expected [gate | value], "
+                "two halves of equal width"
+            )
+        gate, value = packed.chunk(2, dim=-1)
+        activated: torch.Tensor = self.activation(gate)
+        return activated * value
+
+
+def widen(up: nn.Module, width: int) -> nn.Module:
+    """The packed form of an up projection: same class and attributes, twice `width` outputs, always with a bias.
+
+    Works for ``nn.Linear`` (weight (out, in)), transformers' ``Conv1D`` (weight (in, out)) and their subclasses. The new
+    parameters are empty: the caller fills them. The bias is where an exact conversion keeps its constant value branch.
+    """
+    weight = up.weight
+    assert isinstance(weight, torch.Tensor)
+    transposed = not hasattr(up, "out_features")  # Conv1D calls it `nf`
+    d_in = weight.shape[0] if transposed else weight.shape[1]
+    shape = (d_in, 2 * width) if transposed else (2 * width, d_in)
+    packed = copy.copy(up)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        setattr(packed, registry, dict(getattr(up, registry)))
+    packed.weight = nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+    packed.bias = nn.Parameter(torch.empty(2 * width, dtype=weight.dtype, device=weight.device))
+    setattr(packed, "nf" if transposed else "out_features", 2 * width)
+    return packed
+
+
+def set_attribute(root: nn.Module, path: str, value: Any) -> None:
+    """Put `value` at a dotted path, whether a module, a function or nothing was there (nn.Module keeps them apart)."""
+    parent_path, _, name = path.rpartition(".")
+    parent = root.get_submodule(parent_path)
+    if isinstance(value, nn.Module) != (name in parent._modules) and hasattr(parent, name):
+        delattr(parent, name)  # between the same kinds, plain assignment keeps the order of the modules
+    setattr(parent, name, value)
+
+
+def get_attribute(root: nn.Module, path: str) -> Any:
+    """What a dotted path holds: a module, a function, or any other attribute."""
+    parent_path, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(parent_path), name)
+
+
+def _locate(model: nn.Module, path: str) -> str | None:
+    """Where a site's path is in this class: a head keeps the base model under ``base_model_prefix``, the base does not."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
+        try:
+            get_attribute(model, candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The sites with their paths as this class has them.
+
+    A class may hold one tower of an encoder-decoder (T5EncoderModel): the sites of the other are then absent as a whole.
+    Anything else that is absent is an error.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    found: list[dict[str, Any]] = []
+    present: set[str] = set()
+    absent: dict[str, str] = {}
+    for site in sites:
+        paths = {key: _locate(model, site[key]) for key in ("up", "activation") if site.get(key)}
+        tower = site["activation"].removeprefix(f"{prefix}.").split(".")[0]
+        missing = [site[key] for key, path in paths.items() if path is None]
+        if missing:
+            absent[tower] = missing[0]
+        else:
+            present.add(tower)
+            found.append({**site, **paths})
+    for tower, path in absent.items():
+        if tower in present or not present:
+            import transformers
+
+            raise VariantLoadError(
+                f"the config of this GeGLU variant names the site {path!r}, but {type(model).__name__} of transformers "
+                f"{transformers.__version__} has no such module; load it with the transformers version in its config "
+                "(`transformers_version`), or convert the base model again with this one"
+            )
+    return iter(found)
+
+
+def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
+    """Turn the freshly built blocks of `model` into those that ``config.geglu`` lists; weights come from the checkpoint."""
+    for site in _located_sites(model, list(geglu["sites"])):
+        activation = get_attribute(model, site["activation"]) if site["gate"] is None else ACT2FN[site["gate"]]
+        if site["up"] is None:
+            set_attribute(model, site["activation"], activation)
+            continue
+        up = model.get_submodule(site["up"])
+        packed = widen(up, site["width"])
+        if packed.weight.device.type != "meta":  # an untrained model; a checkpoint's weights replace these otherwise
+            with torch.no_grad():
+                nn.init.zeros_(packed.bias)  # type: ignore[arg-type]
+                packed.weight.normal_(std=_init_std(model))  # type: ignore[operator]
+                model._init_weights(packed)  # type: ignore[operator]
+        set_attribute(model, site["up"], packed)
+        set_attribute(model, site["activation"], PackedGLU(activation))
+
+
+def _init_std(model: nn.Module) -> float:
+    """Standard deviation for classes whose `_init_weights` does not know the projection: the config's, else 0.02 (BERT)."""
+    return float(getattr(model.config, "initializer_range", None) or 0.02)
+
+
+def config_entry(config: Any, key: str) -> Any:
+    """An entry of a config or of a nested one: "hidden_act", "text_config.hidden_act"."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def set_config_entry(config: Any, key: str, value: Any) -> None:
+    """Set what `config_entry` reads."""
+    *parents, name = key.split(".")
+    setattr(functools.reduce(getattr, parents, config), name, value)
+
+
+@contextmanager
+def base_activation(config: Any) -> Iterator[None]:
+    """While a base class builds itself, its config states the activation it was made with, not the tripwire."""
+    original = config.geglu["config"]
+    tripwires = {key: config_entry(config, key) for key in original}
+    try:
+        for key, value in original.items():
+            set_config_entry(config, key, value)
+        yield
+    finally:
+        for key, value in tripwires.items():
+            set_config_entry(config, key, value)
+
+
+class GegluMixin:
+    """What a variant's class adds to its base: it builds the sites of ``config.geglu`` and ships this file when saved."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        geglu = getattr(config, "geglu", None)
+        if not isinstance(geglu, Mapping):
+            raise VariantLoadError(
+                f"{type(self).__name__} needs a config with a `geglu` entry that lists the converted sites, but this "
+                f"{type(config).__name__} has none; make one with hf_geglu.geglu_config(config) or hf_geglu.convert(model)"
+            )
+        if geglu["schema"] > SCHEMA:
+            raise VariantLoadError(
+                f"this GeGLU variant was written with schema {geglu['schema']}, this code reads up to {SCHEMA}; upgrade "
+                "with `pip install -U hf_geglu`, or load it with trust_remote_code=True"
+            )
+        with base_activation(config):
+            super().__init__(config, *args, **kwargs)
+        build_variant_blocks(self, geglu)  # type: ignore[arg-type]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; this file goes along, so that the folder loads with ``trust_remote_code=True``."""
+        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            target = os.path.join(save_directory, "modeling_geglu.py")
+            if os.path.realpath(target) != os.path.realpath(__file__):
+                shutil.copyfile(__file__, target)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+_LOCK = threading.RLock()
+
+
+def _locked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One class per base, whoever asks first."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        with _LOCK:
+            return cached(*args)
+
+    return wrapper
+
+
+@_locked
+def variant_config_class(base: type) -> type:
+    """The config class of variants of `base`: ``BertConfig -> GegluBertConfig`` with model_type "geglu_bert"."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+
+    return type(
+        CLASS_PREFIX + base.__name__,
+        (base,),
+        {
+            "__init__": __init__,
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} of a model whose FFN blocks are GeGLU; `geglu` lists them.",
+            "model_type": MODEL_TYPE_PREFIX + base.model_type,  # type: ignore[attr-defined]
+        },
+    )
+
+
+@_locked
+def variant_model_class(base: type, config_class: type) -> type:
+    """The variant of a model class: ``BertForMaskedLM -> GegluBertForMaskedLM(GegluMixin, BertForMaskedLM)``."""
+    variant = type(
+        CLASS_PREFIX + base.__name__,
+        (GegluMixin, base),
+        {
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} whose FFN blocks are GeGLU, as its config lists them.",
+            "config_class": variant_config_class(config_class),
+        },
+    )
+    _share_checkpoint_conversions(base, variant, config_class)
+    return variant
+
+
+def _share_checkpoint_conversions(base: type, variant: type, config_class: type) -> None:
+    """Since transformers 5 the renamings between a checkpoint and a model are keyed by class name and model type, and
+    custom classes must register theirs; without this a ViT variant would lose its weights."""
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # transformers 4: an attribute of the class, inherited
+        return
+    names = ((base.__name__, variant.__name__), (config_class.model_type, variant.config_class.model_type))  # type: ignore[attr-defined]
+    for ours, mapping in ((new, conversion_mapping.get_checkpoint_conversion_mapping(old)) for old, new in names):
+        if mapping is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
+
+
+def base_class(name: str) -> type:
+    """The transformers class that a variant's class is named after: ``"GegluBertForMaskedLM" -> BertForMaskedLM``."""
+    import transformers
+
+    try:
+        found = getattr(transformers, name.removeprefix(CLASS_PREFIX))
+    except AttributeError as error:
+        raise VariantLoadError(
+            f"{name} is a GeGLU variant of {name.removeprefix(CLASS_PREFIX)}, which transformers {transformers.__version__} "
+            "does not have; install a version that has it"
+        ) from error
+    assert isinstance(found, type)
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class that ``auto_map`` names: "GegluBertConfig", "GegluBertForMaskedLM"..."""
+    if not name.startswith(CLASS_PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = base_class(name)
+    if name.endswith("Config"):
+        return variant_config_class(base)
+    config_class = base.config_class  # type: ignore[attr-defined]
+    return variant_model_class(base, config_class)

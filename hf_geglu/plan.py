@@ -1,0 +1,357 @@
+"""The plan: what a conversion will do to a model, decided before anything is touched.
+
+A plan holds no tensors. It is frozen, prints itself, and goes to JSON and back without loss; `surgery.apply` carries it
+out, a saved variant records it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hf_geglu.conversions import Scaling, find_scaling
+from hf_geglu.errors import ConversionError, NoSitesError, PlanError
+from hf_geglu.native import native_config_change
+from hf_geglu.selection import Layers, select
+from hf_geglu.sites import FoundSites, Site, find_sites
+from hf_geglu.variants import VARIANTS, get_variant
+
+SCHEMA = 1
+
+Conversion = Literal["expand", "retarget", "keep"]
+Tier = Literal["native", "portable", "in-memory"]
+GeluForm = Literal["owner", "named"]
+
+_GELU_FORMS = {"gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the FFN blocks of a plan cost. Multiply and add count as two FLOPs; biases and activations are left out."""
+
+    parameters: int
+    flops_per_token: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            parameters=self.parameters + other.parameters,
+            flops_per_token=self.flops_per_token + other.flops_per_token,
+            bytes=self.bytes + other.bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SitePlan:
+    """What happens at one site."""
+
+    site: Site
+    conversion: Conversion
+    """expand: dense -> gated. retarget: gated -> another gate. keep: it is what was asked for already."""
+    variant: str
+    scaling: Scaling
+    before: Cost
+    after: Cost
+
+    @property
+    def keeps_activation(self) -> bool:
+        """The block's own activation object goes on serving as the gate's, so not even its rounding changes."""
+        return self.scaling.source == self.scaling.gate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Untouched:
+    """A site that stays as it is, and why: not selected, or no conversion leads from it to the variant."""
+
+    path: str
+    activation_path: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The decision for a whole model."""
+
+    model_class: str
+    model_type: str | None
+    variant: str
+    gelu: GeluForm
+    dtype: str
+    tier: Tier
+    """native: a plain config loads it. portable: it carries its own modelling file. in-memory: no transformers model, so
+    nothing knows how to save it."""
+    tier_reason: str
+    config_changes: Mapping[str, str]
+    """For the native tier: the config entries that change, with their new values."""
+    sites: tuple[SitePlan, ...]
+    refused: tuple[Untouched, ...] = ()
+    """Selected sites that no conversion fits. `convert` stops here; leave them out with `layers=`."""
+    unselected: tuple[Untouched, ...] = ()
+    total_parameters: int
+    """Of the whole model before the conversion."""
+    schema: int = field(default=SCHEMA)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every conversion is exact: the difference is rounding."""
+        return all(site.scaling.exact for site in self.sites)
+
+    @property
+    def converted(self) -> tuple[SitePlan, ...]:
+        """The sites that change."""
+        return tuple(site for site in self.sites if site.conversion != "keep")
+
+    @property
+    def before(self) -> Cost:
+        """Cost of the FFN blocks now."""
+        return sum((site.before for site in self.sites), Cost(parameters=0, flops_per_token=0, bytes=0))
+
+    @property
+    def after(self) -> Cost:
+        """Cost of the FFN blocks afterwards."""
+        return sum((site.after for site in self.sites), Cost(parameters=0, flops_per_token=0, bytes=0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {**asdict(self), "config_changes": dict(self.config_changes)}
+
+    def to_json(self) -> str:
+        """As JSON text; `from_json` gives an equal plan back."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote. Raises PlanError where it cannot be."""
+        try:
+            data = json.loads(text)
+            schema = data["schema"]
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise PlanError(f"this is no plan ({error!r}); expected the JSON that `hf-geglu plan --json` writes") from error
+        if schema > SCHEMA:
+            raise PlanError(f"this plan has schema {schema}, this version reads up to {SCHEMA}; upgrade hf_geglu")
+        try:
+            return cls(
+                **{
+                    **data,
+                    "sites": tuple(_site_plan(site) for site in data["sites"]),
+                    "refused": tuple(Untouched(**entry) for entry in data["refused"]),
+                    "unselected": tuple(Untouched(**entry) for entry in data["unselected"]),
+                }
+            )
+        except (TypeError, KeyError) as error:
+            raise PlanError(f"this plan cannot be read: {error}; make it again with `hf-geglu plan --json`") from error
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _site_plan(data: dict[str, Any]) -> SitePlan:
+    return SitePlan(
+        **{
+            **data,
+            "site": Site(**data["site"]),
+            "scaling": Scaling(**data["scaling"]),
+            "before": Cost(**data["before"]),
+            "after": Cost(**data["after"]),
+        }
+    )
+
+
+def make_plan(
+    model: nn.Module,
+    variant: str = "geglu",
+    width: Literal["same"] = "same",
+    layers: Layers = None,
+    *,
+    gelu: GeluForm = "owner",
+    found: FoundSites | None = None,
+) -> Plan:
+    """Decide what converting `model` to `variant` means. Changes nothing; works on the meta device too.
+
+    Args:
+        model: a transformers model, or any module whose FFN blocks `find_sites` sees.
+        variant: a name of `hf_geglu.VARIANTS`.
+        width: "same" keeps every block's intermediate size, the only width at which pretrained weights carry over whole.
+        layers: which sites, see `hf_geglu.selection.select`; None for all.
+        gelu: for the GELU variants, "owner" lets a block that computes the other form of GELU (erf or tanh) keep it, so
+            that its conversion is exact; "named" gives every block exactly the form that `variant` names.
+        found: the result of `find_sites`, where it is at hand or was made by hand.
+
+    Raises:
+        VariantError: unknown variant.
+        NoSitesError: the model has no FFN block.
+        SelectionError: `layers` matches nothing.
+        ConversionError: none of the selected sites can become the variant.
+        PlanError: another width than "same".
+    """
+    get_variant(variant)
+    if width != "same":
+        raise PlanError(
+            f"width={width!r}: pretrained blocks keep their width ('same'); a narrower block loses part of what was "
+            "learned. An untrained model of another width comes from geglu_config(config, width=...)"
+        )
+    if gelu not in ("owner", "named"):
+        raise PlanError(f"gelu={gelu!r}; expected 'owner' (keep the block's own form) or 'named' (the variant's form)")
+    found = find_sites(model) if found is None else found
+    if not found.sites:
+        seen = "; ".join(f"{entry.path or type(model).__name__}: {entry.reason}" for entry in found.rejected[:5])
+        raise NoSitesError(
+            f"{type(model).__name__} has no FFN block to convert"
+            + (f"; looked at and not taken: {seen}" if seen else "")
+            + ". If it has one, hand its paths in with find_sites(model, sites=[Site(...)])"
+        )
+    selected = select(found.sites, layers)
+    plans: list[SitePlan] = []
+    refused: list[Untouched] = []
+    shared = _shared_parameters(model)
+    for site in selected:
+        try:
+            plans.append(_plan_site(model, site, variant, gelu, shared))
+        except ConversionError as error:
+            refused.append(Untouched(path=site.up, activation_path=site.activation_path, reason=str(error)))
+    if not plans:
+        raise ConversionError(f"no selected FFN block can become {variant}: {refused[0].path}: {refused[0].reason}")
+    tier, reason, changes = _tier(model, found, plans)
+    config = getattr(model, "config", None)
+    return Plan(
+        model_class=type(model).__name__,
+        model_type=getattr(config, "model_type", None),
+        variant=variant,
+        gelu=gelu,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        tier=tier,
+        tier_reason=reason,
+        config_changes=changes,
+        sites=tuple(plans),
+        refused=tuple(refused),
+        unselected=tuple(
+            Untouched(path=site.up, activation_path=site.activation_path, reason="not selected by layers=") for site in found.sites if site not in selected
+        ),
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _plan_site(model: nn.Module, site: Site, variant: str, gelu: GeluForm, shared: dict[str, list[str]]) -> SitePlan:
+    resolved = variant
+    if gelu == "owner" and variant in _GELU_FORMS.values():
+        resolved = _GELU_FORMS.get(site.activation, variant)
+    gate = VARIANTS[resolved].gate
+    scaling = find_scaling(site.activation, gate, gated=site.gated)
+    keep = site.gated and site.activation == gate
+    if not keep:
+        _refuse_if_unfit(model, site, shared, scaling)
+    before = _cost(model, site)
+    return SitePlan(
+        site=site,
+        conversion="keep" if keep else "retarget" if site.gated else "expand",
+        variant=resolved,
+        scaling=scaling,
+        before=before,
+        after=before if site.gated else _expanded(model, site, before),
+    )
+
+
+def _refuse_if_unfit(model: nn.Module, site: Site, shared: dict[str, list[str]], scaling: Scaling) -> None:
+    """What conversions cannot do; each reason with the way out."""
+    if site.kind in ("experts", "conv"):
+        raise ConversionError(f"a block of kind {site.kind!r} cannot be converted yet; leave it out with `layers=`")
+    if site.activation_path is None:
+        raise ConversionError(
+            f"{type(model.get_submodule(site.block)).__name__} calls its activation inside `forward`, so there is no "
+            "attribute to replace; give the class such an attribute, or leave the layer out with `layers=`"
+        )
+    if site.value_offset and scaling.beta != 1.0:
+        raise ConversionError(
+            f"the block multiplies by value + {site.value_offset}, so its value branch cannot be scaled; use a variant "
+            "with the block's own gate, or leave the layer out with `layers=`"
+        )
+    for path in {site.gate, site.up}:
+        projection = model.get_submodule(path)
+        weight = projection.weight
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+            raise ConversionError(f"{path} is quantised; convert the model in bfloat16 or float32 and quantise the variant")
+        others = [name for name in shared.get(f"{path}.weight", []) if name != f"{path}.weight"]
+        if others:
+            raise ConversionError(
+                f"{path}.weight is tied to {', '.join(others)}; untie it first, or leave the layer out with `layers=`"
+            )
+
+
+def _shared_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """For every parameter that is reachable from two different modules: all of its names."""
+    owners: dict[int, dict[int, str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[id(module)] = f"{module_name}.{name}"
+    groups = [list(names.values()) for names in owners.values() if len(names) > 1]
+    return {name: group for group in groups for name in group}
+
+
+def _cost(model: nn.Module, site: Site) -> Cost:
+    tensors = [
+        parameter
+        for path in dict.fromkeys((site.gate, site.up, site.down))
+        for parameter in model.get_submodule(path).parameters(recurse=False)
+    ]
+    return Cost(
+        parameters=sum(tensor.numel() for tensor in tensors),
+        flops_per_token=sum(2 * tensor.numel() for tensor in tensors if tensor.dim() > 1),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )
+
+
+def _expanded(model: nn.Module, site: Site, before: Cost) -> Cost:
+    up = model.get_submodule(site.up)
+    weight = up.weight
+    assert isinstance(weight, torch.Tensor)
+    bias = 2 * site.width - (0 if getattr(up, "bias", None) is None else site.width)
+    added = weight.numel() + bias
+    return before + Cost(
+        parameters=added, flops_per_token=2 * weight.numel(), bytes=added * weight.element_size()
+    )
+
+
+def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[Tier, str, dict[str, str]]:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return "in-memory", f"{type(model).__name__} is not a transformers model, so it has no config to save", {}
+    converted = [plan for plan in plans if plan.conversion != "keep"]
+    if not converted:
+        return "native", "every selected block is what was asked for already", {}
+    dense = [plan.site for plan in converted if plan.conversion == "expand"]
+    if dense:
+        return "portable", f"{type(model).__name__} has no gated block of its own at {dense[0].up}", {}
+    wanted = {plan.site.up: plan.scaling.gate for plan in plans}
+    changes, reason = native_config_change(model, found, wanted)
+    return ("native" if changes else "portable"), reason, changes
+
+
+def _lines(plan: Plan) -> list[str]:
+    before, after = plan.before, plan.after
+    growth = after.parameters - before.parameters
+    lines = [
+        f"{plan.model_class} -> {plan.variant}: {len(plan.converted)} FFN blocks to convert in {plan.dtype}, "
+        + ("exactly" if plan.exact else "approximately"),
+        f"  saves as    {plan.tier} ({plan.tier_reason})",
+        f"  parameters  {plan.total_parameters:,} -> {plan.total_parameters + growth:,}"
+        f"  (FFN {before.parameters:,} -> {after.parameters:,})",
+        f"  FFN FLOPs   {before.flops_per_token:,} -> {after.flops_per_token:,} per token",
+        f"  FFN memory  {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights",
+    ]
+    lines += [f"  config      {key} = {value!r}" for key, value in plan.config_changes.items()]
+    for entry in plan.sites:
+        site, scaling = entry.site, entry.scaling
+        error = "exact" if scaling.exact else f"|error| <= {scaling.max_error:.1e}, rms {scaling.rms_error:.1e}"
+        lines.append(
+            f"  {site.up}: {entry.conversion}, {site.layout} {site.activation} -> {entry.variant}, "
+            f"{site.d_in} x {site.width} x {site.d_out}, {error}"
+        )
+    lines += [f"  {entry.path}: refused, {entry.reason}" for entry in plan.refused]
+    lines += [f"  {entry.path}: left as it is, {entry.reason}" for entry in plan.unselected]
+    return lines

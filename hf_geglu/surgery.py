@@ -1,0 +1,273 @@
+"""Installs what a plan says in a live model, all or nothing, and takes it out again.
+
+Every change goes through an `Undo` record, which lives on the model until `revert`. What another model shares with this one
+is not touched: a converted model gets a config of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformers.activations import ACT2FN
+
+from hf_geglu.auto import auto_map
+from hf_geglu.conversions import Scaling, expand, retarget
+from hf_geglu.errors import PlanError, SurgeryError, WeightsError
+from hf_geglu.functional import split_packed
+from hf_geglu.modeling_geglu import (
+    SCHEMA,
+    TRIPWIRE,
+    PackedGLU,
+    config_entry,
+    get_attribute,
+    set_attribute,
+    set_config_entry,
+    variant_config_class,
+    variant_model_class,
+    widen,
+)
+from hf_geglu.native import activation_keys
+from hf_geglu.plan import Plan, SitePlan
+from hf_geglu.sites import Site
+
+_UNDO = "_hf_geglu_undo"
+
+
+@dataclass(slots=True)
+class Undo:
+    """How to put a model back, and the original modules of its sites (by `up` and `gate` path) for the verification."""
+
+    plan: Plan
+    steps: list[Callable[[], None]] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    activations: dict[str, Any] = field(default_factory=dict)
+    originals: dict[str, Any] = field(default_factory=dict)
+    installed: dict[str, tuple[bool, str]] = field(default_factory=dict)
+
+    def roll_back(self) -> None:
+        """Undo every step, the last one first."""
+        while self.steps:
+            self.steps.pop()()
+
+
+def applied(model: nn.Module) -> Undo | None:
+    """The record of the conversion that `model` carries, None for a model that was not converted in this process."""
+    return model.__dict__.get(_UNDO)
+
+
+def apply(model: nn.Module, plan: Plan) -> Undo:
+    """Carry out `plan` on `model`, in place. An error half way leaves the original model.
+
+    Raises:
+        SurgeryError: the model is converted already, or has no weights (meta device).
+        PlanError: the plan was made for another model, or refuses a selected site.
+        WeightsError: NaN or infinite weights.
+    """
+    _check(model, plan)
+    undo = Undo(plan=plan)
+    try:
+        for entry in plan.converted:
+            install = _expand_site if entry.conversion == "expand" else _retarget_site
+            install(model, entry, undo)
+        if plan.converted:
+            _declare(model, plan, undo)
+    except BaseException:
+        undo.roll_back()
+        raise
+    model.__dict__[_UNDO] = undo
+    return undo
+
+
+def revert(model: nn.Module) -> None:
+    """Put a converted model back as it was before `convert`, bit for bit: modules, weights, class and config.
+
+    What was trained since at the converted sites is dropped; parameters outside them stay as they are now.
+
+    Raises:
+        SurgeryError: the model was not converted in this process (a loaded variant carries no original).
+    """
+    undo = model.__dict__.pop(_UNDO, None)
+    if undo is None:
+        raise SurgeryError(
+            f"this {type(model).__name__} was not converted in this process, so there is nothing to put back; the original "
+            "is the base model that its config or card names"
+        )
+    undo.roll_back()
+
+
+def forget_original(model: nn.Module) -> None:
+    """Give up `revert` and free the original weights that it keeps."""
+    model.__dict__.pop(_UNDO, None)
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    if applied(model) is not None or hasattr(getattr(model, "config", None), "geglu"):
+        raise SurgeryError(
+            f"this {type(model).__name__} is a GeGLU variant already; call hf_geglu.revert(model) first, or load the base model"
+        )
+    if plan.refused:
+        listed = "; ".join(f"{entry.path}: {entry.reason}" for entry in plan.refused)
+        raise PlanError(f"{len(plan.refused)} selected FFN blocks cannot be converted: {listed}")
+    if plan.model_class != type(model).__name__:
+        raise PlanError(f"the plan was made for a {plan.model_class}, but this is a {type(model).__name__}; make a new one")
+    for entry in plan.sites:
+        for path in (entry.site.gate, entry.site.up, entry.site.down):
+            try:
+                model.get_submodule(path)
+            except AttributeError as error:
+                raise PlanError(f"the plan names {path!r}, which this model does not have; make a new plan") from error
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise SurgeryError(
+                f"{name} is on the meta device and has no weights; load them first (offloaded models: load without "
+                "device_map, or with one that keeps every module in memory)"
+            )
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise WeightsError(
+                f"{name} holds NaN or infinite values; nothing was converted. Check where the checkpoint comes from, "
+                "or the dtype it was loaded in"
+            )
+
+
+def _expand_site(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
+    site = entry.site
+    up = model.get_submodule(site.up)
+    assert isinstance(up.weight, torch.Tensor)
+    packed = widen(up, site.width)
+    weight, bias = expand(
+        up.weight, _bias(up), entry.scaling, transposed=site.projection == "conv1d"
+    )
+    packed.weight = nn.Parameter(weight, requires_grad=up.weight.requires_grad)
+    packed.bias = nn.Parameter(bias, requires_grad=up.weight.requires_grad)
+    _replace(model, site.up, packed, undo)
+    undo.modules[site.up] = up
+    _replace_activation(model, entry, undo)
+
+
+def _retarget_site(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
+    site, scaling = entry.site, entry.scaling
+    if site.layout == "separate":
+        for path, branch in ((site.gate, "gate"), (site.up, "value")):
+            for name, parameter in list(model.get_submodule(path).named_parameters(recurse=False)):
+                _replace_parameter(model, path, name, retarget(parameter, branch, scaling), undo)  # type: ignore[arg-type]
+    else:
+        for name, parameter in list(model.get_submodule(site.up).named_parameters(recurse=False)):
+            _replace_parameter(model, site.up, name, _retarget_packed(parameter, site, scaling), undo)
+    _replace_activation(model, entry, undo)
+
+
+def _retarget_packed(parameter: torch.Tensor, site: Site, scaling: Scaling) -> torch.Tensor:
+    """Both branches live in one parameter; outputs are its first dimension, or its last one for Conv1D weights."""
+    assert site.layout == "packed" or site.layout == "interleaved"
+    assert site.gate_half is not None
+    result = parameter.detach().clone()
+    outputs_last = result.T if result.dim() == 2 and site.projection == "linear" else result
+    gate, value = split_packed(outputs_last, site.layout, site.gate_half)
+    gate.copy_(retarget(gate, "gate", scaling))
+    value.copy_(retarget(value, "value", scaling))
+    return result
+
+
+def _bias(projection: nn.Module) -> torch.Tensor | None:
+    bias = getattr(projection, "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
+
+
+def _replace_activation(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
+    path, packed = entry.site.activation_path, entry.conversion == "expand"
+    assert path is not None
+    if path in undo.installed:  # two blocks of one layer go through one attribute
+        if undo.installed[path] != (packed, entry.scaling.gate):
+            raise PlanError(f"{path} serves two FFN blocks that need different activations; leave one out with `layers=`")
+        undo.activations[entry.site.up] = undo.originals[path]
+        return
+    if any(left.path != entry.site.up and left.activation_path == path for left in undo.plan.unselected):
+        raise PlanError(f"{path} serves two FFN blocks, of which only one is selected; select both or none with `layers=`")
+    original = get_attribute(model, path)
+    gate = original if entry.keeps_activation else ACT2FN[entry.scaling.gate]
+    replacement = PackedGLU(gate) if packed else gate
+    if isinstance(replacement, nn.Module) and replacement is not original:
+        # the flag alone, not .train(): the kept activation inside has its own mode already
+        replacement.training = original.training if isinstance(original, nn.Module) else model.training
+    undo.activations[entry.site.up] = undo.originals[path] = original
+    undo.installed[path] = (packed, entry.scaling.gate)
+    _replace(model, path, replacement, undo)
+
+
+def _replace(model: nn.Module, path: str, new: Any, undo: Undo) -> None:
+    old = get_attribute(model, path)
+    undo.steps.append(lambda: set_attribute(model, path, old))
+    set_attribute(model, path, new)
+
+
+def _replace_parameter(model: nn.Module, module_path: str, name: str, new: torch.Tensor, undo: Undo) -> None:
+    """A new Parameter rather than new values in the old one: the old one is what `revert` puts back."""
+    module = model.get_submodule(module_path)
+    old = getattr(module, name)
+    kept = undo.modules.get(module_path)
+    if kept is None:
+        kept = undo.modules[module_path] = copy.copy(module)
+        kept._parameters = dict(module._parameters)
+    undo.steps.append(lambda: setattr(module, name, old))
+    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def _declare(model: nn.Module, plan: Plan, undo: Undo) -> None:
+    """Make the model say what it is: its config, and for the portable tier its class."""
+    if plan.tier == "in-memory":
+        return
+    old_config: Any = model.config
+    memo: dict[int, Any] = {}
+    new_config = copy.deepcopy(old_config, memo)
+    if plan.tier == "native":
+        for key, value in plan.config_changes.items():
+            set_config_entry(new_config, key, value)
+    else:
+        base_class, base_config = type(model), type(old_config)
+        declare_config(new_config, base_class, [site_entry(entry) for entry in plan.converted], plan)
+        undo.steps.append(lambda: setattr(model, "__class__", base_class))
+        model.__class__ = variant_model_class(base_class, base_config)
+    _share_config(model, memo, undo)
+
+
+def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], plan: Plan) -> None:
+    """Turn a base config, in place, into that of a portable variant: class, tripwire, sites, remote code."""
+    base_config = type(config)
+    keys = sorted({key for entry in plan.converted for key in activation_keys(config, entry.site.activation)})
+    config.geglu = {
+        "schema": SCHEMA,
+        "variant": plan.variant,
+        "config": {key: config_entry(config, key) for key in keys},
+        "sites": sites,
+    }
+    for key in keys:
+        set_config_entry(config, key, TRIPWIRE)
+    config.auto_map = auto_map(base_config, base_class)
+    config.architectures = [variant_model_class(base_class, base_config).__name__]
+    config.__class__ = variant_config_class(base_config)
+
+
+def site_entry(entry: SitePlan) -> dict[str, Any]:
+    """What a variant's config records of a site: all that the run time needs to build the block."""
+    return {
+        "up": entry.site.up if entry.conversion == "expand" else None,
+        "activation": entry.site.activation_path,
+        "gate": None if entry.keeps_activation else entry.scaling.gate,
+        "width": entry.site.width,
+    }
+
+
+def _share_config(model: nn.Module, memo: dict[int, Any], undo: Undo) -> None:
+    """Every submodule that held the old config (or a nested one) holds its copy; other models keep the old one."""
+    for module in model.modules():
+        old = module.__dict__.get("config")
+        new = memo.get(id(old))
+        if new is not None:
+            undo.steps.append(lambda module=module, old=old: module.__dict__.__setitem__("config", old))  # type: ignore[misc]
+            module.__dict__["config"] = new
