@@ -19,7 +19,7 @@ import random
 import re
 import shutil
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.training.batches import Blocks, MapBlocks
-from hf_geglu.training.objectives import columns
+from hf_geglu.training.objectives import Objective, columns
 from hf_geglu.training.optimizer import load_optimizer_tensors, load_scheduler_state, optimizer_tensors, scheduler_state
 from hf_geglu.training.records import EvalRecord, StepRecord
 from hf_geglu.training.settings import TrainSettings
@@ -74,15 +74,18 @@ class Progress:
         self.steps.append(record)
 
 
-def fingerprint(blocks: Blocks) -> dict[str, int]:
-    """What tells training blocks apart cheaply: number, checksums of the first and the last. Nothing of a stream."""
-    if not isinstance(blocks, MapBlocks):
-        return {}
-    ends = []
-    for block in (blocks[0], blocks[len(blocks) - 1]):
-        ids = columns(block)[0]
-        ends.append(zlib.crc32(ids.numpy().tobytes()))
-    return {"blocks": len(blocks), "first": ends[0], "last": ends[1]}
+def fingerprint(blocks: Blocks, objective: Objective) -> dict[str, Any]:
+    """What tells the data of two runs apart cheaply: the objective; number and ends of blocks that do not stream."""
+    told: Any = objective
+    found: dict[str, Any] = {"objective": type(objective).__name__}
+    if is_dataclass(told):
+        settings = {f.name: getattr(told, f.name) for f in fields(told)}
+        found |= {name: sorted(value) if isinstance(value, frozenset) else value for name, value in settings.items()}
+    if isinstance(blocks, MapBlocks):
+        first, last = (zlib.crc32(columns(blocks[i])[0].numpy().tobytes()) for i in (0, len(blocks) - 1))
+        found |= {"blocks": len(blocks), "first block": first, "last block": last}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # as it will be read back
+    return plain
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class TrainingState:
     scheduler: LambdaLR
     scaler: Any
     settings: TrainSettings
-    data: dict[str, int]
+    data: dict[str, Any]
 
     def write(self, folder: Path, progress: Progress, tokenizer: Any) -> None:
         """Everything but the random generators, into an existing folder.
@@ -136,12 +139,12 @@ class TrainingState:
         """
         saved = read_progress(folder)
         if saved["data"] != self.data:
+            names = sorted(saved["data"].keys() | self.data.keys())
+            pairs = [(name, saved["data"].get(name), self.data.get(name)) for name in names]
             raise TrainingError(
-                f"{folder.name} was made with other training blocks ({saved['data'].get('blocks', 'a stream')} of "
-                "them) than these "
-                f"({self.data.get('blocks', 'a stream')}): expected the same data, for the same order. Give the same "
-                "dataset, "
-                "tokenizer, --block_size and --validation_split_percentage as before."
+                f"other data than {folder.name} was made with "
+                f"({'; '.join(f'{name}: {old} -> {new}' for name, old, new in pairs if old != new)}): expected the same, "
+                "for the same batches. Give the dataset, tokenizer, --block_size and split of before."
             )
         changed = [
             f"{name}: {saved['settings'][name]} -> {value}"

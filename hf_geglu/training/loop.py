@@ -127,7 +127,9 @@ def train(
         optimizer = make_optimizer(model, settings)
         scheduler = make_scheduler(optimizer, settings, total_steps=total)
         _seed(settings.seed + int(accelerator.process_index))
-        state = TrainingState(model, optimizer, scheduler, accelerator.scaler, settings, fingerprint(train_blocks))
+        state = TrainingState(
+            model, optimizer, scheduler, accelerator.scaler, settings, fingerprint(train_blocks, objective)
+        )
         progress = (
             Progress.start() if resume_from is None else state.restore(resume_from, int(accelerator.process_index))
         )
