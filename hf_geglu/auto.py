@@ -32,11 +32,7 @@ class _VariantConfigs(dict[str, Any]):
         if base_type is None:
             raise KeyError(model_type)
         with _LOCK:
-            if not super().__contains__(model_type):
-                config_class = variant_config_class(configuration_auto.CONFIG_MAPPING[base_type])
-                self[model_type] = config_class
-                _register_models(config_class)
-            return super().__getitem__(model_type)
+            return registered_config_class(configuration_auto.CONFIG_MAPPING[base_type])
 
 
 def _base_type(model_type: object) -> str | None:
@@ -60,6 +56,16 @@ def register() -> None:
             )
             return
         mapping._extra_content = _VariantConfigs(known)
+
+
+def registered_config_class(base: Any) -> Any:
+    """The config class of variants of `base`, known to the Auto classes from now on."""
+    with _LOCK:
+        config_class = variant_config_class(base)
+        if base.model_type in configuration_auto.CONFIG_MAPPING_NAMES:
+            configuration_auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            _register_models(config_class)
+        return config_class
 
 
 def auto_classes(model_type: str) -> dict[str, str]:

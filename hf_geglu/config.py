@@ -23,8 +23,15 @@ from hf_geglu.variants import VARIANTS, get_variant
 from hf_geglu.width import matched_width
 
 NATIVELY_GATED = {
-    # T5, LongT5, UDOP... "gelu_python" is the erf form; "gated-gelu" is read as the tanh form
-    "feed_forward_proj": {"geglu": "gated-gelu_python", "geglu_tanh": "gated-gelu", "swiglu": "gated-silu", "reglu": "gated-relu"},
+    # T5, LongT5, UDOP... derive the other two entries from the first one, but keep what was derived when a config is copied.
+    # "gelu_python" is the erf form; "gated-gelu" is read as the tanh form.
+    variant: {"feed_forward_proj": f"gated-{name}", "dense_act_fn": activation, "is_gated_act": True}
+    for variant, name, activation in (
+        ("geglu", "gelu_python", "gelu_python"),
+        ("geglu_tanh", "gelu", "gelu_new"),
+        ("swiglu", "silu", "silu"),
+        ("reglu", "relu", "relu"),
+    )
 }
 """The one table of this package: config entries that turn a dense architecture into its own gated one. They cannot be found
 by looking at a dense model."""
@@ -84,16 +91,15 @@ def _portable(config: Any, plan: Plan) -> Any:
 
 
 def _natively_gated(config: Any, model: nn.Module, variant: str) -> Any | None:
-    """The config of the architecture's own gated form, where the table has one and it does what it says."""
+    """The config of the architecture's own gated form, where it has one and the class does what the table says."""
+    entries = NATIVELY_GATED.get(variant)
+    if entries is None or not all(hasattr(config, key) for key in entries):
+        return None
+    changed = changed_config(config, entries)
+    sites = find_sites(_on_meta(changed)).sites
     gate = VARIANTS[variant].gate
-    for key, values in NATIVELY_GATED.items():
-        if not hasattr(config, key) or variant not in values:
-            continue
-        changed = changed_config(config, {key: values[variant]})
-        sites = find_sites(_on_meta(changed)).sites
-        if len(sites) == len(find_sites(model).sites) and all(site.gated and site.activation == gate for site in sites):
-            return changed
-    return None
+    as_wanted = all(site.gated and site.activation == gate for site in sites)
+    return changed if as_wanted and len(sites) == len(find_sites(model).sites) else None
 
 
 def _with_width(config: Any, model: nn.Module, width: Literal["same", "matched"] | int) -> Any:

@@ -86,7 +86,7 @@ def _observed_difference(model: nn.Module, changes: Mapping[str, str], expected:
     return ""
 
 
-def changed_config(config: Any, changes: Mapping[str, str]) -> Any:
+def changed_config(config: Any, changes: Mapping[str, Any]) -> Any:
     """A copy of `config` with dotted entries replaced, as it would come back from disk."""
     data = config.to_dict()
     for key, value in changes.items():

@@ -16,7 +16,7 @@ from torch import nn
 
 from transformers.activations import ACT2FN
 
-from hf_geglu.auto import auto_map
+from hf_geglu.auto import auto_map, registered_config_class
 from hf_geglu.conversions import Scaling, expand, retarget
 from hf_geglu.errors import PlanError, SurgeryError, WeightsError
 from hf_geglu.functional import split_packed
@@ -28,7 +28,6 @@ from hf_geglu.modeling_geglu import (
     get_attribute,
     set_attribute,
     set_config_entry,
-    variant_config_class,
     variant_model_class,
     widen,
 )
@@ -250,7 +249,7 @@ def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], p
         set_config_entry(config, key, TRIPWIRE)
     config.auto_map = auto_map(base_config, base_class)
     config.architectures = [variant_model_class(base_class, base_config).__name__]
-    config.__class__ = variant_config_class(base_config)
+    config.__class__ = registered_config_class(base_config)
 
 
 def site_entry(entry: SitePlan) -> dict[str, Any]:
