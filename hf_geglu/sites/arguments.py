@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Filling = Literal["absent", "tensors"]
-FILLINGS: tuple[Filling, ...] = ("absent", "tensors")
-"""How required arguments that say nothing of themselves are filled: with None, or with tensors like the hidden
-state."""
+Filling = Literal["absent", "tensors", "lengths"]
+"""How required arguments that say nothing of themselves are filled: with None, or with tensors like the hidden state.
+The third way also sets optional lengths whose default is 0, which means "none of these" (the queries of a Q-Former),
+and gives something to attend to."""
 
 SIDE = 2
 TOKENS = SIDE * SIDE
@@ -42,16 +42,26 @@ def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any]
     parameters = list(_parameters(module))
     if not parameters:
         return None
-    return {
+    filled = {
         parameter.name: _value(parameter.name, x, filling)
         for parameter in parameters[1:]
         if _required(parameter) or parameter.name in _ALWAYS
     }
+    if filling == "lengths":
+        filled.update((parameter.name, SIDE) for parameter in parameters[1:] if _optional_length(parameter))
+        filled.update((p.name, x.detach().clone()) for p in parameters[1:] if p.name == "encoder_hidden_states")
+    return filled
 
 
-def can_differ(module: nn.Module) -> bool:
-    """Whether the two ways of filling make any difference for this module."""
-    return any(_required(parameter) for parameter in list(_parameters(module))[1:])
+def fillings(module: nn.Module) -> tuple[Filling, ...]:
+    """The ways of filling that make a difference for this module."""
+    others = list(_parameters(module))[1:]
+    ways: tuple[Filling, ...] = ("absent",)
+    if any(_required(parameter) for parameter in others):
+        ways += ("tensors",)
+    if any(_optional_length(parameter) for parameter in others):
+        ways += ("lengths",)
+    return ways
 
 
 def _parameters(module: nn.Module) -> Iterator[inspect.Parameter]:
@@ -68,6 +78,10 @@ def _required(parameter: inspect.Parameter) -> bool:
     )
 
 
+def _optional_length(parameter: inspect.Parameter) -> bool:
+    return parameter.name.endswith("_length") and parameter.default == 0
+
+
 def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
     if name in _ALWAYS:
         # cosine and sine of no rotation, of width 1: they broadcast against heads of any size
@@ -80,6 +94,6 @@ def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
         return x.detach().clone()
     if _ONE.search(name):
         return 1
-    if _ABSENT.search(name) or filling == "absent":
+    if _ABSENT.search(name) or filling != "tensors":
         return None
     return x.detach().clone()

@@ -18,13 +18,10 @@ from hf_geglu.sites.site import FoundSites, Kind, Rejection, Site
 from hf_geglu.sites.twin import Mold
 
 PATIENCE = 2
-"""After so many blocks that held a projection could not be run, it is given up: the next one up is a whole model."""
+"""A projection that a run did not explain is left to one block further up; above that come whole encoders."""
 
 MOST = 3
 """An FFN block has at most so many projections; one with more that cannot be run is not tried again from outside."""
-
-_LISTS = (nn.ModuleList, nn.ModuleDict)
-"""Containers that are never called themselves."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +30,8 @@ class Free:
 
     path: str
     port: Port
-    failures: int = 0
+    doubts: int = 0
+    """How many blocks around it have been left behind since one of them was run, or could not be, to no avail."""
     probed: set[int] = field(default_factory=set)
     """Blocks that ran and showed no link from this projection to another one inside."""
 
@@ -83,8 +81,11 @@ class _Search:
                 self._visited.add(id(child))
                 free.append(Free(child_path, port))
         self._look_for_fused_experts(module, path)
-        if isinstance(module, _LISTS) or not _unseen_pairs(free):
+        called = type(module).forward is not nn.Module.forward
+        if not called:
             return free
+        if not _unseen_pairs(free):
+            return _still_open(free)
         if isinstance(module, PreTrainedModel):
             self._look_at_heads(module, path, free)
             return free
@@ -107,16 +108,17 @@ class _Search:
             self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason="; ".join(reasons))
         if probe.seen or reasons:
             return []
-        if probe.error is not None and not any(one.failures for one in free):
+        if probe.error is not None and not all(one.doubts for one in free) and not _attention_shaped(free):
             reason = f"could not be run alone on synthetic input: {probe.error}"
             rejection = Rejection(path=path, class_name=type(module).__name__, reason=reason)
             self._unrun.append((rejection, frozenset(one.path for one in free)))
+        if probe.error is not None and len(free) > MOST:
+            return []
         for one in free:
-            one.failures += 1
+            one.doubts = max(one.doubts, 1)
             if probe.error is None:
                 one.probed.add(id(module))
-        given_up = probe.error is not None and len(free) > MOST
-        return [] if given_up else [one for one in free if one.failures < PATIENCE]
+        return _still_open(free)
 
     def _stub_sets(self, module: nn.Module, open_paths: Collection[str]) -> Iterator[tuple[str, ...]]:
         """Which children to replace by noise: first all that hold several projections, then all but one at a time.
@@ -144,19 +146,22 @@ class _Search:
             if child is None or read_port(child) is not None:
                 continue
             child_path = f"{path}.{name}" if path else name
-            if isinstance(child, _LISTS):
+            if type(child).forward is nn.Module.forward:
                 yield from self._several(child, child_path, open_paths)
             elif len(within(child)) > 1:
                 yield child_path, not any(one.startswith(f"{child_path}.") for one in open_paths)
 
     def _look_for_fused_experts(self, module: nn.Module, path: str) -> None:
-        shapes = {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None and p.ndim == 3}
-        fused = {name: shape for name, shape in shapes.items() if min(shape) > 1}
-        if fused and read_port(module) is None:
-            listed = ", ".join(f"{name} {shape}" for name, shape in fused.items())
-            reason = (
-                f"fused 3-D experts ({listed}): only experts with a projection module of their own are taken so far"
-            )
+        """Two stacks of matrices, in one module or in two children that hold one each, are experts fused into one."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, holder in (("", module), *module._modules.items()):
+            if holder is not None and read_port(holder) is None and (holder is module or not holder._modules):
+                stacks = {n: p for n, p in holder._parameters.items() if p is not None and p.ndim == 3}
+                shapes.update((f"{name}.{n}" if name else n, tuple(p.shape)) for n, p in stacks.items())
+        stacked = {name: shape for name, shape in shapes.items() if min(shape) > 1}
+        if len(stacked) > 1 and len({shape[0] for shape in stacked.values()}) == 1:
+            listed = ", ".join(f"{name} {shape}" for name, shape in stacked.items())
+            reason = f"fused 3-D experts ({listed}): only experts with projection modules of their own are taken so far"
             self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason=reason)
 
     def _look_at_heads(self, model: nn.Module, path: str, free: list[Free]) -> None:
@@ -173,7 +178,7 @@ class _Search:
         for one in left:
             path = one.path.rpartition(".")[0]
             module = self._model.get_submodule(path)
-            if isinstance(module, (*_LISTS, PreTrainedModel)) or path in self._rejected or len(within(module)) != 1:
+            if isinstance(module, PreTrainedModel) or path in self._rejected or len(within(module)) != 1:
                 continue
             reason = lone_projection(module, mold=self._mold)
             if reason is not None:
@@ -211,6 +216,32 @@ def _kind(block: nn.Module, projections: tuple[str, ...]) -> Kind:
     return "module" if len(within(block)) == len(projections) else "inline"
 
 
+def _still_open(free: list[Free]) -> list[Free]:
+    """What the next block up may still explain: once in doubt, a projection gets that one more chance."""
+    kept = [one for one in free if one.doubts < PATIENCE]
+    for one in kept:
+        one.doubts += one.doubts > 0
+    return kept
+
+
 def _unseen_pairs(free: list[Free]) -> bool:
     """Whether one projection could feed another, and no block that ran has shown otherwise."""
-    return any(a is not b and leads_on(a.port, b.port) and not (a.probed & b.probed) for a in free for b in free)
+    return any(
+        a is not b and leads_on(a.port, b.port) and not (a.probed & b.probed) and not _only_convolves(a.port, b.port)
+        for a in free
+        for b in free
+    )
+
+
+def _only_convolves(first: Port, second: Port) -> bool:
+    """Convolutions wider than 1 that do not lead back to the width they started from are no block of any kind."""
+    return "convolution" in (first.form, second.form) and first.d_in != second.d_out
+
+
+def _attention_shaped(free: list[Free]) -> bool:
+    """Four projections of which three read the same width and one returns to it: queries, keys, values and output.
+
+    A block with two or three might be an FFN, and is reported when it cannot be run; this one cannot be.
+    """
+    *inputs, output = [one.port for one in free]
+    return len(inputs) == 3 and {port.d_in for port in inputs} == {output.d_out} and output.d_in == inputs[0].d_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_geglu.sites.arguments import FILLINGS, shapes
+from hf_geglu.sites.arguments import shapes
 from hf_geglu.sites.hypotheses import fit
 from hf_geglu.sites.isolation import isolated
 from hf_geglu.sites.observe import Recipe, play, visible
@@ -19,7 +19,7 @@ def lone_projection(block: nn.Module, *, mold: Mold) -> str | None:
     path, port = visible(block, ())[0]
     with isolated():
         for shape in shapes(port.d_in, channels_first=port.convolves)[:2]:
-            run = play(block, mold, Recipe((), shape, FILLINGS[0]))
+            run = play(block, mold, Recipe((), shape, "absent"))
             if run.error is not None or not run.trace.calls or not isinstance(run.answer, torch.Tensor):
                 continue
             answer = run.answer.detach()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.sites.arguments import FILLINGS, Filling, can_differ, fill, shapes
+from hf_geglu.sites.arguments import Filling, fill, fillings, shapes
 from hf_geglu.sites.hypotheses import TOLERANCE
 from hf_geglu.sites.isolation import isolated
 from hf_geglu.sites.projections import Port, leads_on, within
@@ -105,13 +105,12 @@ def _recipes(block: nn.Module, stubs: Collection[str]) -> list[Recipe]:
     pairs = [(a, b) for a in ports for b in ports if a is not b and leads_on(a, b)]
     pairs.sort(key=lambda pair: pair[0].d_in != pair[1].d_out)
     widths = list(dict.fromkeys(first.d_in for first, _ in pairs))[:MAX_WIDTHS]
-    fillings = FILLINGS if can_differ(block) else FILLINGS[:1]
     images = any(port.convolves for port in ports)
     return [
         Recipe(stubs, shape, filling)
         for width in widths
         for shape in shapes(width, channels_first=images)
-        for filling in fillings
+        for filling in fillings(block)
     ]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hf_geglu.sites.projections import Port, read_port
+from hf_geglu.sites.twin import SMALL
 
 STUB_FORMS = 5
 """How many forms the answer of a stub can take: tensor, then tuples of 2, 1, 3 and 4 that start with it."""
@@ -91,10 +92,10 @@ class Trace(TorchFunctionMode):
         self._taps: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def noise(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """N(0, 3), with one value in eight four times as large: wide enough to part gelu from gelu_10 and relu6."""
+        """N(0, 3), with every other value four times as large: wide enough to part gelu from gelu_10 and relu6."""
         values = torch.randn(shape, generator=self._generator, dtype=torch.float64, device="cpu") * 3
-        rare = torch.rand(shape, generator=self._generator, dtype=torch.float64, device="cpu") < 0.125
-        return torch.where(rare, values * 4, values)
+        values.view(-1)[::2] *= 4
+        return values
 
     def attach(self, twin: nn.Module, *, path: str = "") -> bool:
         """Wrap the projections and the possible activations below `twin`; returns whether it holds any projection."""
@@ -126,6 +127,7 @@ class Trace(TorchFunctionMode):
         else:
             widened = self._rehearsal is not None and self._rehearsal.wide == path
             shape = (*x.shape[:-1], port.d_out * (2 if widened else 1))
+        self.last_stub = None  # whatever goes wrong from here on is not for the form of its answer
         out = self.noise(shape).requires_grad_()
         self.calls.append(Call(path, port, x.clone(), out))
         return out.clone()  # an in-place activation may write into it
@@ -150,7 +152,7 @@ class Trace(TorchFunctionMode):
         if func in _PRODUCTS:
             if func is torch.nn.functional.linear and len(args) > 1 and id(args[1]) in self._taps:
                 return self._taps[id(args[1])](args[0])
-            if any(_costly(a) for a in args):
+            if any(_costly(argument) for argument in args):
                 raise ProbeError("a product with a large weight outside any projection module")
         return func(*args, **(kwargs or {}))
 
@@ -168,13 +170,18 @@ _PRODUCTS = frozenset(
         torch.baddbmm,
         torch.addmm,
         torch.einsum,
+        torch.nn.functional.conv1d,
+        torch.nn.functional.conv2d,
+        torch.nn.functional.conv3d,
     }
 )
 
 
 def _costly(value: Any) -> bool:
     """Whether a tensor is one number seen from many indices: a product would first spell it out in memory."""
-    return isinstance(value, torch.Tensor) and value.numel() > 1 << 20 and not any(value.stride())
+    if not isinstance(value, torch.Tensor) or value.numel() <= SMALL or value.device.type == "meta":
+        return False
+    return value.untyped_storage().nbytes() < value.numel()
 
 
 def _convolved(twin: nn.Module, x: torch.Tensor) -> tuple[int, ...]:

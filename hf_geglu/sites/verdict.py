@@ -78,7 +78,7 @@ def judge(trace: Trace) -> Verdict:
             refused.append(outcome)
     taken: list[Observation] = []
     for one in found:
-        reason = _unfit(one) or _chained(one, found)
+        reason = _chained(one, found) or _unfit(one)
         if reason is None:
             taken.append(one)
         else:
@@ -106,12 +106,9 @@ def _pair(down: Call, feeding: list[Call]) -> Observation | Refusal | None:
     fits = fit(entering(down), [rows(call) for call in feeding])
     if fits and fits[0].holds:
         rivals = [one for one in fits[1:] if one.activation != fits[0].activation or one.layout != fits[0].layout]
-        runner_up = rivals[0] if rivals else None
-        if runner_up is not None and runner_up.holds:
-            return Refusal(paths, f"{fits[0]} and {runner_up} cannot be told apart")
         gate = feeding[fits[0].gate_source]
         up = feeding[1 - fits[0].gate_source] if fits[0].layout == "separate" else gate
-        return Observation(gate, up, down, fits[0], runner_up)
+        return Observation(gate, up, down, fits[0], rivals[0] if rivals else None)
     if not any(leads_on(call.port, down.port) for call in feeding):
         return None
     names = " and ".join(f"{call.path} ({call.port.d_in} -> {call.port.d_out})" for call in feeding)
@@ -154,6 +151,8 @@ def _unfit(one: Observation) -> str | None:
         return f"a bottleneck ({up.port.d_in} -> {down.port.d_in} -> {down.port.d_out}): an adapter or squeeze-excite"
     if up.port.form == "pointwise" or down.port.form == "pointwise":
         return f"{seen} in 1x1 convolutions ({up.path}, {down.path}): only linear projections are converted so far"
+    if one.runner_up is not None and one.runner_up.holds:
+        return f"{seen} and {one.runner_up} cannot be told apart"
     return None
 
 
