@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,7 @@ def shapes(width: int, *, channels_first: bool) -> tuple[tuple[int, ...], ...]:
 
 def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any] | None:
     """Keyword arguments for the required parameters after the first; None where `forward` takes none at all."""
-    parameters = list(_parameters(module))
+    parameters = _parameters(module)
     if not parameters:
         return None
     filled = {
@@ -55,7 +56,7 @@ def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any]
 
 def fillings(module: nn.Module) -> tuple[Filling, ...]:
     """The ways of filling that make a difference for this module."""
-    others = list(_parameters(module))[1:]
+    others = _parameters(module)[1:]
     ways: tuple[Filling, ...] = ("absent",)
     if any(_required(parameter) for parameter in others):
         ways += ("tensors",)
@@ -64,11 +65,17 @@ def fillings(module: nn.Module) -> tuple[Filling, ...]:
     return ways
 
 
-def _parameters(module: nn.Module) -> Iterator[inspect.Parameter]:
-    forward = module.__dict__.get("forward") or module.forward
-    for parameter in inspect.signature(forward).parameters.values():
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            yield parameter
+def _parameters(module: nn.Module) -> tuple[inspect.Parameter, ...]:
+    forward = module.__dict__.get("forward", module.forward)
+    if inspect.ismethod(forward):
+        return _parameters_of(forward.__func__)[1:]
+    return _parameters_of(forward)
+
+
+@lru_cache(maxsize=256)
+def _parameters_of(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(parameter for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD)
 
 
 def _required(parameter: inspect.Parameter) -> bool:

@@ -18,12 +18,16 @@ def _on_cpu() -> AbstractContextManager[object]:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Gradients on, tensors on the CPU, no autocast, no warnings; afterwards every global generator stands where it
-    stood."""
+    """Gradients on, tensors on the CPU, one thread, no autocast, no warnings; afterwards all is as it was.
+
+    One thread, because operations on a few hundred numbers spend their time waiting for the others.
+    """
     numpy = sys.modules.get("numpy")
+    threads = torch.get_num_threads()
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
     try:
+        torch.set_num_threads(1)
         with (
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
@@ -35,6 +39,7 @@ def isolated() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch.set_num_threads(threads)
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
