@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import bert, clone, gpt2, llama, random_blocks, same_weights
+from tiny_training import bert, clone, gpt2, llama, one_thread, random_blocks, same_weights  # noqa: F401
 from torch import nn
 
 pytest.importorskip("accelerate")
@@ -54,7 +54,7 @@ def test_one_times_eight_is_eight_times_one(model: nn.Module, objective: Any) ->
         cut = settings(per_device_train_batch_size=forward, gradient_accumulation_steps=forwards, dtype="auto")
         results.append((train(own, unequal_blocks(20), None, cut, objective=objective), own))
     for (a, first), (b, second) in (results[:2], results[2:]):
-        # The loss is summed in float32, the gradients in float64; AdamW divides by their size and so magnifies rounding.
+        # The loss is summed in float32; AdamW divides gradients by their size and so magnifies rounding.
         assert a.losses == pytest.approx(b.losses, rel=1e-6)
         assert [r.predicted for r in a.steps] == [r.predicted for r in b.steps]
         for p, q in zip(first.parameters(), second.parameters(), strict=True):

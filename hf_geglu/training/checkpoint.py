@@ -142,9 +142,9 @@ class TrainingState:
             names = sorted(saved["data"].keys() | self.data.keys())
             pairs = [(name, saved["data"].get(name), self.data.get(name)) for name in names]
             raise TrainingError(
-                f"other data than {folder.name} was made with "
-                f"({'; '.join(f'{name}: {old} -> {new}' for name, old, new in pairs if old != new)}): expected the same, "
-                "for the same batches. Give the dataset, tokenizer, --block_size and split of before."
+                f"other data than {folder.name} was made with: "
+                + "; ".join(f"{name}: {old} -> {new}" for name, old, new in pairs if old != new)
+                + ". Expected the same, for the same batches. Give the dataset, tokenizer, --block_size and split of before."
             )
         changed = [
             f"{name}: {saved['settings'][name]} -> {value}"
@@ -287,33 +287,51 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
 
     Most architectures are saved under the names they have in memory. Some are renamed or split when they are saved
     (experts in Transformers 5): those are read by `from_pretrained`, which knows how.
+
+    Raises:
+        TrainingError: the checkpoint is not one of this model.
     """
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         tensors.update(load_file(file))
     own = model.state_dict()
-    at = {own[name].data_ptr() for name in tensors.keys() & own.keys()}
-    absent = [name for name in own.keys() - tensors.keys() if own[name].data_ptr() not in at]
-    same_shapes = all(tensors[name].shape == own[name].shape for name in tensors.keys() & own.keys())
-    if not same_shapes or absent or tensors.keys() - own.keys():
-        kind: Any = type(model)
-        if not hasattr(kind, "from_pretrained"):
-            raise TrainingError(
-                f"{folder.name} holds other weights than this model has: expected the same model. Give the model, "
-                "--convert, "
-                "--variant and --layers that the checkpoint was made with."
-            )
-        tensors = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype).state_dict()
-        different = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]
-        if different:
-            raise TrainingError(
-                f"{folder.name} does not fit the model: {different[0]} and {len(different) - 1} more weights differ "
-                "in name or shape. "
-                "Give the model, --convert, --variant and --layers that the checkpoint was made with."
-            )
+    shared = tensors.keys() & own.keys()
+    at = {own[name].data_ptr() for name in shared}
+    absent = [name for name in own if name not in tensors and own[name].data_ptr() not in at]
+    if absent or len(shared) < len(tensors):
+        tensors = _load_renamed_weights(model, folder)
+    different = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+    if different:
+        raise _other_model(folder, f"{min(different)} has another shape")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def _load_renamed_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    kind: Any = type(model)
+    config: Any = getattr(model, "config", None)
+    described = folder / "config.json"
+    saved_type = json.loads(described.read_text(encoding="utf-8")).get("model_type") if described.exists() else None
+    if saved_type is None or saved_type != getattr(config, "model_type", None):
+        raise _other_model(folder, "the names of the weights differ")
+    try:
+        loaded, info = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _other_model(folder, str(error).split("\n")[0]) from error
+    # from_pretrained makes up what it does not find, and only logs it.
+    made_up = [*info["missing_keys"], *info["mismatched_keys"]]
+    if made_up or loaded.state_dict().keys() != model.state_dict().keys():
+        raise _other_model(folder, f"{len(made_up)} weights are missing or have another shape")
+    tensors: dict[str, Tensor] = loaded.state_dict()
+    return tensors
+
+
+def _other_model(folder: Path, reason: str) -> TrainingError:
+    return TrainingError(
+        f"{folder.name} does not fit the model: {reason}. Expected a checkpoint of this very model. Give the model, "
+        "--convert, --variant and --layers that the checkpoint was made with."
+    )
 
 
 def save_generators(path: Path) -> None:

@@ -206,6 +206,9 @@ def _read_files(names: Iterable[str], data: DataSettings) -> tuple[Rows, bool]:
         raise DataError(
             f"files of several kinds ({', '.join(sorted(kinds))}): expected one kind. Give one kind at a time."
         )
+    for file in files:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file.name} is empty: expected text. Leave it out, or check how it was made.")
     builder, options = _reader(files[0])
     options = {**options, **_text_options(builder, data)}
     paths = [str(file) for file in files]

@@ -1,0 +1,112 @@
+"""The recipes as people run them: by python and by accelerate launch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_training import lines, saved_model, snapshot
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    saved_model(folder / "gpt2", "clm")
+    saved_model(folder / "bert", "mlm")
+    (folder / "text.txt").write_text("".join(line + "\n" for line in lines(80)))
+    return folder
+
+
+def run(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(place / "cache"),
+    }
+    return subprocess.run(
+        [sys.executable, *command], cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry["loss"] for entry in entries]
+
+
+def test_a_causal_recipe_with_underscores(place: Path) -> None:
+    flags = "--model_name_or_path gpt2 --train_file text.txt --block_size 16 --max_steps 2 --output_dir a --use_cpu"
+    done = run(place, str(SCRIPTS / "finetune_clm.py"), *flags.split())
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert len(losses(place / "a")) == 2
+    assert (place / "a" / "config.json").exists()
+    assert "nll at step 0" in done.stdout
+    assert "step 2/2  loss" in done.stderr
+
+
+def test_a_masked_recipe_with_dashes_a_conversion_and_a_control(place: Path) -> None:
+    flags = (
+        "--model-name-or-path bert --train-file text.txt --max-seq-length 16 --max-steps 2 --output-dir b --convert "
+        "--control --use-cpu"
+    )
+    done = run(place, str(SCRIPTS / "finetune_mlm.py"), *flags.split())
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert len(losses(place / "b")) == len(losses(place / "b" / "control")) == 2
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["converted", "control"]
+
+
+def test_an_error_is_one_line_without_a_traceback(place: Path) -> None:
+    before = snapshot(place)
+    flags = "--model gpt2 --train_file text.txt --max_steps 2 --output_dir gpt2 --use_cpu"
+    done = run(place, str(SCRIPTS / "finetune_clm.py"), *flags.split())
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: --output_dir gpt2 is not empty")
+    assert done.stderr.count("\n") == 1
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("name", ["finetune_clm.py", "finetune_mlm.py"])
+def test_a_recipe_can_be_read_in_one_go_and_pasted_from(name: str) -> None:
+    text = (SCRIPTS / name).read_text()
+    assert len(text.splitlines()) < 60
+    assert "On a CPU" in text
+    assert "accelerate launch" in text
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(place: Path) -> None:
+    flags = "--train_file text.txt --block_size 16 --max_steps 4 --eval_steps 2 --save_steps 2 --use_cpu --learning_rate 1e-2"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for name, task in (("gpt2", "clm"), ("bert", "mlm")):
+        script = [str(SCRIPTS / f"finetune_{task}.py"), "--model", name, *flags.split()]
+        alone = run(place, *script, "--per_device_train_batch_size", "6", "--output_dir", f"one-{task}")
+        assert alone.returncode == 0, alone.stderr
+        both = [*launch, *script, "--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "1"]
+        done = run(place, *both, "--output_dir", f"two-{task}", "--save_total_limit", "0")
+        assert done.returncode == 0, done.stderr
+        assert losses(place / f"two-{task}") == pytest.approx(losses(place / f"one-{task}"), rel=1e-4)
+        evals = [
+            [json.loads(line) for line in (place / f"{n}-{task}" / "eval_log.jsonl").read_text().splitlines()]
+            for n in ("one", "two")
+        ]
+        for one, two in zip(*evals, strict=True):
+            assert (one["step"], one["tokens"]) == (two["step"], two["tokens"])
+            assert one["nll"] == pytest.approx(two["nll"], rel=1e-4)
+        checkpoint = place / f"two-{task}" / "checkpoint-2"
+        assert sorted(path.name for path in checkpoint.glob("rng-*")) == ["rng-0.safetensors", "rng-1.safetensors"]
+        before = losses(place / f"two-{task}")
+        again = run(place, *both, "--output_dir", f"two-{task}", "--save_total_limit", "0", "--resume", "checkpoint-2")
+        assert again.returncode == 0, again.stderr
+        assert losses(place / f"two-{task}") == pytest.approx(before, rel=1e-6)
