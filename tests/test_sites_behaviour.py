@@ -281,6 +281,11 @@ class WideConvolutions(nn.Module):
         return self.two(fn.gelu(self.one(x)))
 
 
+class Unlinked(Two):
+    def forward(self, x):
+        return self.apple(x).sum() + self.pear(x.new_zeros(4, F)).sum()
+
+
 class Raises(Two):
     def forward(self, x):
         raise KeyError("no such luck")
@@ -305,6 +310,7 @@ class Raises(Two):
         (SqueezeExcite, "bottleneck (12 -> 3 -> 12)"),
         (PointwiseConvolutions, "1x1 convolutions"),
         (WideConvolutions, "convolution wider than 1"),
+        (Unlinked, "nothing that one of its projections says reaches another"),
         (Raises, "KeyError: 'no such luck'"),
     ],
 )

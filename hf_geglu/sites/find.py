@@ -50,13 +50,13 @@ class _Search:
         self._visited: set[int] = set()
         self._sites: list[Site] = []
         self._rejected: dict[str, Rejection] = {}
-        self._unrun: list[tuple[Rejection, frozenset[str]]] = []
+        self._open: list[tuple[Rejection, frozenset[str]]] = []
 
     def run(self) -> FoundSites:
         left = [] if read_port(self._model) is not None else self._visit(self._model, "")
         self._look_at_lone_projections(left)
         taken = {path for site in self._sites for path in (site.gate, site.up, site.down)}
-        for rejection, paths in self._unrun:
+        for rejection, paths in self._open:
             if not paths & taken:
                 self._rejected.setdefault(rejection.path, rejection)
         order = {path: index for index, (path, _) in enumerate(self._model.named_modules())}
@@ -108,10 +108,10 @@ class _Search:
             self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason="; ".join(reasons))
         if probe.seen or reasons:
             return []
-        if probe.error is not None and not all(one.doubts for one in free) and not _attention_shaped(free):
-            reason = f"could not be run alone on synthetic input: {probe.error}"
+        reason = self._why_open(probe, free)
+        if reason is not None:
             rejection = Rejection(path=path, class_name=type(module).__name__, reason=reason)
-            self._unrun.append((rejection, frozenset(one.path for one in free)))
+            self._open.append((rejection, frozenset(one.path for one in free)))
         if probe.error is not None and len(free) > MOST:
             return []
         for one in free:
@@ -119,6 +119,20 @@ class _Search:
             if probe.error is None:
                 one.probed.add(id(module))
         return _still_open(free)
+
+    def _why_open(self, probe: Probe, free: list[Free]) -> str | None:
+        """The reason that stands unless a block further up explains these projections; the innermost one counts."""
+        if all(one.doubts for one in free):
+            return None
+        if probe.error is not None and not _attention_shaped(free):
+            return f"could not be run alone on synthetic input: {probe.error}"
+        if (
+            probe.error is None
+            and len(free) <= MOST
+            and any(_there_and_back(a.port, b.port) for a in free for b in free)
+        ):
+            return "ran, but nothing that one of its projections says reaches another"
+        return None
 
     def _stub_sets(self, module: nn.Module, open_paths: Collection[str]) -> Iterator[tuple[str, ...]]:
         """Which children to replace by noise: first all that hold several projections, then all but one at a time.
@@ -157,6 +171,8 @@ class _Search:
         for name, holder in (("", module), *module._modules.items()):
             if holder is not None and read_port(holder) is None and (holder is module or not holder._modules):
                 stacks = {n: p for n, p in holder._parameters.items() if p is not None and p.ndim == 3}
+                if holder is not module and len(stacks) != 1:
+                    continue
                 shapes.update((f"{name}.{n}" if name else n, tuple(p.shape)) for n, p in stacks.items())
         stacked = {name: shape for name, shape in shapes.items() if min(shape) > 1}
         if len(stacked) > 1 and len({shape[0] for shape in stacked.values()}) == 1:
@@ -236,6 +252,11 @@ def _unseen_pairs(free: list[Free]) -> bool:
 def _only_convolves(first: Port, second: Port) -> bool:
     """Convolutions wider than 1 that do not lead back to the width they started from are no block of any kind."""
     return "convolution" in (first.form, second.form) and first.d_in != second.d_out
+
+
+def _there_and_back(first: Port, second: Port) -> bool:
+    """Whether two projections lead to another width and back, as only those of a block do."""
+    return leads_on(first, second) and first.d_in == second.d_out != first.d_out
 
 
 def _attention_shaped(free: list[Free]) -> bool:

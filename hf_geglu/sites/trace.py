@@ -74,7 +74,7 @@ class Stub(nn.Module):
             raise ProbeError(f"{self.path} was called without a tensor")
         x = self.trace.noise(like.shape)
         form = self.trace.forms.get(self.path, 0)
-        return (x, (x, None), (x,), (x, None, None), (x, None, None, None))[form]
+        return (x, (x, x), (x,), (x, x, None), (x, x, None, None))[form]
 
 
 class Trace(TorchFunctionMode):
