@@ -9,15 +9,13 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from hf_geglu.auto import auto_classes
 from hf_geglu.errors import PlanError
-from hf_geglu.modeling_geglu import base_class
 from hf_geglu.native import changed_config
 from hf_geglu.plan import Plan, make_plan
 from hf_geglu.sites import find_sites
+from hf_geglu.skeleton import base_architecture, skeleton
 from hf_geglu.surgery import declare_config, site_entry
 from hf_geglu.variants import VARIANTS, get_variant
 from hf_geglu.width import matched_width
@@ -71,15 +69,7 @@ def geglu_config(config: Any, width: Literal["same", "matched"] | int = "same", 
 
 
 def _on_meta(config: Any) -> nn.Module:
-    """The architecture's base model (or its first head), without weights."""
-    heads = auto_classes(config.model_type)
-    name = heads.get("AutoModel") or next(iter(heads.values()), None)
-    if name is None:
-        raise PlanError(f"transformers has no model class for the model type {config.model_type!r}")
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = base_class(name)(copy.deepcopy(config))
-    assert isinstance(model, nn.Module)
-    return model
+    return skeleton(config, base_architecture(config))
 
 
 def _portable(config: Any, plan: Plan) -> Any:

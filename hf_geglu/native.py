@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_geglu.modeling_geglu import config_entry
 from hf_geglu.sites import FoundSites, find_sites
+from hf_geglu.skeleton import skeleton
 
 _ALIASES = {
     "gelu": ("gelu", "gelu_python"),
@@ -74,9 +74,7 @@ def _observed_difference(model: nn.Module, changes: Mapping[str, str], expected:
     shown = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     config: Any = model.config
     try:
-        changed = changed_config(config, changes)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            twin = type(model)(changed)
+        twin = skeleton(changed_config(config, changes), type(model))
     except Exception as error:  # any class may refuse any config in its own way; then it is not native, and this is why
         return f"{type(model).__name__} cannot be built with {shown}: {error}"
     observed = {site.up: site.activation for site in find_sites(twin)}

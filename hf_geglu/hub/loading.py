@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from hf_geglu.hub.integrity import check_weights
 from hf_geglu.inputs import Inputs
 from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.selection import Layers
+
+logger = logging.getLogger(__name__)
 
 
 def from_pretrained(
@@ -24,6 +27,7 @@ def from_pretrained(
     gelu: GeluForm = "owner",
     inputs: Inputs | None = None,
     verify: Verify = "model",
+    output_report: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Load a model and convert it.
@@ -39,21 +43,24 @@ def from_pretrained(
         gelu: see there.
         inputs: see there.
         verify: see there.
+        output_report: return (model, report), as `output_loading_info` does in transformers.
         **kwargs: for ``auto_class.from_pretrained`` (`dtype`, `revision`, `device_map`, `token`...).
 
     Returns:
-        The converted model, in eval mode as transformers loads it.
+        The converted model, in eval mode as transformers loads it; with `output_report` also the report of the
+        conversion, None for a variant that was loaded as it is.
 
     Raises:
         WeightsError: a shard is missing or truncated, or the checkpoint lacks weights of an FFN block.
         HfGegluError: see `hf_geglu.convert`.
     """
     loaded = load(auto_class, model, **kwargs)
+    report = None
     if not hasattr(loaded.config, "geglu"):
         if plan is None:
             plan = make_plan(loaded, variant, layers=layers, gelu=gelu)
-        convert(loaded, plan, inputs=inputs, verify=verify)
-    return loaded
+        report = convert(loaded, plan, inputs=inputs, verify=verify)
+    return (loaded, report) if output_report else loaded
 
 
 def load(auto_class: Any, model: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -79,3 +86,19 @@ def load(auto_class: Any, model: str | os.PathLike[str], **kwargs: Any) -> Any:
             "transformers would make them up; check that it is complete and that the class fits it"
         )
     return loaded
+
+
+def load_processor(model: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """The tokenizer, image processor or feature extractor that belongs to a model; None where it has none.
+
+    Args:
+        model: a Hub id or a folder.
+        **kwargs: for `from_pretrained` (`revision`, `trust_remote_code`...).
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        logger.warning("no tokenizer or processor goes along, %s has none that loads: %s", Path(model).name, error)
+        return None

@@ -1,0 +1,132 @@
+"""The commands of `hf-geglu`. Each is a thin shell around one function of the package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from hf_geglu.errors import HfGegluError
+
+app = typer.Typer(
+    name="hf-geglu",
+    help="Turn the feed-forward blocks of a pretrained Hugging Face model into GeGLU blocks without breaking it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id or a folder.", show_default=False)]
+Variant = Annotated[str, typer.Option(help="geglu, geglu_tanh, swiglu, reglu, bilinear or glu.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(help="Which layers: '0-5', '3,7,-1', or a glob on the path. Default: all.", show_default=False),
+]
+Gelu = Annotated[
+    Literal["owner", "named"],
+    typer.Option(help="owner: a block keeps its own form of GELU (erf or tanh). named: exactly the variant's form."),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the modelling code of the repository.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    variant: Variant = "geglu",
+    layers: Layers = None,
+    gelu: Gelu = "owner",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a conversion would do. Reads the config only; touches nothing."""
+    from transformers import AutoConfig
+
+    from hf_geglu.plan import make_plan
+    from hf_geglu.skeleton import architecture, skeleton
+
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    kind = architecture(config)
+    kwargs = {"trust_remote_code": True} if trust_remote_code and hasattr(kind, "from_config") else {}
+    decided = make_plan(skeleton(config, kind, **kwargs), variant, layers=layers, gelu=gelu)
+    print(decided.to_json() if json else decided)
+
+
+@app.command()
+def convert(
+    model: Model,
+    output_dir: Annotated[Path, typer.Argument(help="A new or empty folder.", show_default=False)],
+    variant: Variant = "geglu",
+    layers: Layers = None,
+    gelu: Gelu = "owner",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the checkpoint was saved.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT_DIR holds.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Convert a pretrained model, verify it, and save the variant with its tokenizer."""
+    from transformers import AutoConfig
+
+    from hf_geglu.hub import check_output, from_pretrained, load_processor, save_folder
+    from hf_geglu.skeleton import architecture
+
+    check_output(output_dir, overwrite=overwrite)
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    converted, report = from_pretrained(
+        architecture(config),
+        model,
+        variant=variant,
+        layers=layers,
+        gelu=gelu,
+        output_report=True,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    print(report)
+    processor = load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
+    save_folder(converted, output_dir, tokenizer=processor, max_shard_size=max_shard_size, overwrite=overwrite)
+    print(f"saved in {output_dir}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def finetune(
+    context: typer.Context,
+    task: Annotated[Literal["clm", "mlm"], typer.Argument(help="clm: next token. mlm: hidden tokens.")],
+) -> None:
+    """Fine-tune a model, converted or not. All flags: `hf-geglu finetune clm --help`."""
+    from hf_geglu.training.command_line import main as run
+
+    raise typer.Exit(run(task, context.args, prog=f"hf-geglu finetune {task}"))
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A causal or masked language model: Hub id or folder. Default: SmolLM2-135M from PyPI."),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where the variant, the picture and the ledger go.")] = Path(
+        "demo-output"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each of the two runs.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+) -> None:
+    """Convert, verify, fine-tune and reload a real model on real text, and print the numbers side by side."""
+    from hf_geglu.demo.run import run_demo
+
+    run_demo(model, output_dir, steps=steps, overwrite=overwrite, console=Console())
+
+
+def main() -> None:
+    """Entry point: errors of ours and of what we load become one line, exit code 2."""
+    try:
+        app()
+    except (HfGegluError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
