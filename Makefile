@@ -1,0 +1,46 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FLOOR := .venv-floor
+EXTRAS := test,lint
+
+.PHONY: demo test test-all test-floor lint format bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]' peft
+	touch $@
+
+$(FLOOR)/.installed: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed  ## the main job on a real model and real text
+	$(BIN)/hf-geglu demo --overwrite
+
+test: $(VENV)/.installed  ## the suite that CI runs
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
+
+test-all: $(VENV)/.installed  ## the slow tests too
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-floor: $(FLOOR)/.installed  ## the suite on the oldest supported transformers
+	$(FLOOR)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
+
+lint: $(VENV)/.installed  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## measure what the README claims; results go to benchmarks/results
+	$(BIN)/python benchmarks/find_sites.py
+	$(BIN)/python benchmarks/quality.py
+
+clean:
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
