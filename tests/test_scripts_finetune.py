@@ -85,10 +85,24 @@ def test_a_recipe_can_be_read_in_one_go_and_pasted_from(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_recipe_is_launched_by_accelerate(place: Path) -> None:
+    flags = "--model gpt2 --train_file text.txt --block_size 16 --max_steps 2 --output_dir c"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "bf16", "--dynamo_backend", "no"]
+    done = run(place, *launch, str(SCRIPTS / "finetune_clm.py"), *flags.split())
+    assert done.returncode == 0, done.stderr
+    launched = losses(place / "c")
+    alone = run(place, str(SCRIPTS / "finetune_clm.py"), *flags.split()[:-1], "d", "--bf16", "--use_cpu")
+    assert alone.returncode == 0, alone.stderr
+    assert launched == losses(place / "d")
+
+
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(place: Path) -> None:
-    flags = "--train_file text.txt --block_size 16 --max_steps 4 --eval_steps 2 --save_steps 2 --use_cpu --learning_rate 1e-2"
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    flags = "--train_file text.txt --block_size 16 --max_steps 4 --eval_steps 2 --save_steps 2 --learning_rate 1e-2"
+    flags += " --use_cpu"
+    # `accelerate launch --cpu --num_processes 2` starts a single process where there is no MPI; torchrun starts two.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, task in (("gpt2", "clm"), ("bert", "mlm")):
         script = [str(SCRIPTS / f"finetune_{task}.py"), "--model", name, *flags.split()]
         alone = run(place, *script, "--per_device_train_batch_size", "6", "--output_dir", f"one-{task}")

@@ -10,6 +10,7 @@ from hf_geglu.training.loop import train
 from hf_geglu.training.objectives import CausalLM, MaskedLM, Objective, Task, objective_for
 from hf_geglu.training.packing import TokenBlocks, blocks_from_texts
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
+from hf_geglu.training.run import RunResult, finetune
 from hf_geglu.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ModelSettings",
     "Objective",
     "OutputSettings",
+    "RunResult",
     "RunSettings",
     "StepRecord",
     "Task",
@@ -32,6 +34,7 @@ __all__ = [
     "TrainSettings",
     "blocks_from_texts",
     "evaluate",
+    "finetune",
     "objective_for",
     "train",
 ]

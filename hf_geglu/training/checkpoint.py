@@ -144,7 +144,7 @@ class TrainingState:
             raise TrainingError(
                 f"other data than {folder.name} was made with: "
                 + "; ".join(f"{name}: {old} -> {new}" for name, old, new in pairs if old != new)
-                + ". Expected the same, for the same batches. Give the dataset, tokenizer, --block_size and split of before."
+                + ". Expected the same, for the same batches. Give dataset, tokenizer, --block_size and split as then."
             )
         changed = [
             f"{name}: {saved['settings'][name]} -> {value}"
