@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ pytest.importorskip("datasets")
 import datasets
 import huggingface_hub
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hf_geglu.errors import (
     ConfigurationError,
@@ -45,21 +44,17 @@ from hf_geglu.training.run import choose_block_size, finetune
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two models and a text, which is also the current one."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     saved_model(here / "gpt2", "clm")
     saved_model(here / "bert", "mlm")
     (here / "text.txt").write_text("".join(line + "\n" for line in lines(80)))
-    yield here
-    datasets.enable_progress_bars()
-    transformers_logging.enable_progress_bar()
+    return here
 
 
 MODEL = {"model_name_or_path", "convert", "control", "variant", "layers", "tokenizer_name"}

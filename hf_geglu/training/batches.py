@@ -75,8 +75,7 @@ def step_count(settings: TrainSettings, blocks: Blocks, shape: BatchShape) -> in
     if not isinstance(blocks, MapBlocks):
         raise ConfigurationError(
             "a stream of blocks without max_steps: expected the number of steps, since a stream does not say how "
-            "long it is. "
-            "Set max_steps."
+            "long it is. Set max_steps."
         )
     return max(1, math.ceil(settings.num_train_epochs * len(blocks) / shape.per_step))
 

@@ -109,9 +109,8 @@ class TrainingState:
         if broken:
             raise TrainingError(
                 f"{len(broken)} parameters hold NaN or infinity after step {progress.step}, {broken[0]} first: "
-                "expected finite "
-                "weights; no checkpoint of them was written. Lower --learning_rate and resume from the checkpoint "
-                "before."
+                "expected finite weights; no checkpoint of them was written. Lower --learning_rate and resume from "
+                "the checkpoint before."
             )
         _save_weights(self.model, folder)
         if tokenizer is not None:
@@ -155,8 +154,7 @@ class TrainingState:
         if refused:
             raise ConfigurationError(
                 f"{'; '.join(refused)} since {folder.name}: expected the same values in a resumed run. Give the old "
-                "ones, or "
-                "start a new run with the checkpoint as --model_name_or_path."
+                "ones, or start a new run with the checkpoint as --model_name_or_path."
             )
         if changed:
             logger.info("resuming with other settings: %s", "; ".join(changed))
@@ -231,8 +229,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
     path = folder / "progress.json"
     if not path.exists():
         raise TrainingError(
-            f"{folder.name} holds no progress.json: expected a checkpoint folder written by this package. "
-            "Name one called checkpoint-N, or give --resume alone for the newest."
+            f"{folder.name} holds no progress.json: expected a checkpoint folder written by this package. Name one "
+            "called checkpoint-N, or give --resume alone for the newest."
         )
     try:
         read = json.loads(path.read_text(encoding="utf-8"))

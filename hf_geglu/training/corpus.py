@@ -92,8 +92,8 @@ def find_text_column(columns: Mapping[str, str], wanted: str | None = None) -> s
     if not texts:
         raise DataError(f"a dataset without text: expected a column of strings. The columns that exist: {exist}.")
     raise DataError(
-        f"{len(texts)} columns hold text and none is called text: expected to know which. "
-        f"Say --text_column {' or --text_column '.join(texts)}."
+        f"{len(texts)} columns hold text and none is called text: expected to know which. Say --text_column "
+        f"{' or --text_column '.join(texts)}."
     )
 
 
@@ -122,8 +122,8 @@ def load_corpus(data: DataSettings, tokenizer: Any, *, task: Task, block_size: i
         held = TokenBlocks.of(blocks(validation, tally, keep_tail=True))
         if not len(held):
             raise DataError(
-                f"a validation set of {tally.documents} rows without text: expected some. "
-                "Give --validation_file, or --validation_split_percentage 0 for no evaluation."
+                f"a validation set of {tally.documents} rows without text: expected some. Give --validation_file, or "
+                "--validation_split_percentage 0 for no evaluation."
             )
         lines.append(tally.line("validation"))
     else:
@@ -171,8 +171,7 @@ def _open(data: DataSettings) -> _Source:
             if joined != source.joined:
                 raise DataError(
                     "training text and validation text, one of them txt files and the other a table: expected the "
-                    "same kind. "
-                    "Add --text_unit line for txt files with one document a line."
+                    "same kind. Add --text_unit line for txt files with one document a line."
                 )
             source = _Source(source.train, validation, joined)
         if not data.streaming and len(source.train) == 0:
@@ -180,8 +179,8 @@ def _open(data: DataSettings) -> _Source:
     except (DatasetsError, OSError, UnicodeDecodeError) as error:
         cause = error.__cause__ or error
         raise DataError(
-            f"{what} cannot be read: {_first_line(cause)} "
-            "Expected the name of a dataset on the Hub, or existing csv, json, jsonl, txt or parquet files in UTF-8."
+            f"{what} cannot be read: {_first_line(cause)} Expected the name of a dataset on the Hub, or existing csv, "
+            "json, jsonl, txt or parquet files in UTF-8."
         ) from error
     return source
 
@@ -315,8 +314,8 @@ def _split(source: _Source, column: str, data: DataSettings, *, seed: int) -> tu
     if count < 2:
         raise DataError(
             f"{count} row cannot be split in two: expected at least 2 to hold out "
-            f"{data.validation_split_percentage:g} %. "
-            "Give --validation_file, or --validation_split_percentage 0 for no evaluation."
+            f"{data.validation_split_percentage:g} %. Give --validation_file, or --validation_split_percentage 0 for "
+            "no evaluation."
         )
     if source.joined:
         order = list(range(count - 1, -1, -1))

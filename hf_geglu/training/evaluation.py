@@ -129,7 +129,7 @@ def evaluate(
         total = accelerator.reduce(total.to(device), reduction="sum").cpu()
     if total[1] == 0:
         raise DataError(
-            f"{len(blocks)} evaluation blocks hold nothing to predict: expected at least one token. "
-            "Give more validation text, or none at all."
+            f"{len(blocks)} evaluation blocks hold nothing to predict: expected at least one token. Give more "
+            "validation text, or none at all."
         )
     return EvalResult.of(float(total[0]), int(total[1]))

@@ -141,15 +141,14 @@ class Narrator:
             left = self._seconds / (record.step - self._done) * (self._total - record.step)
             self.say(
                 f"{self._name}  step {record.step}/{self._total}  loss {record.loss:.4f}  lr "
-                f"{record.learning_rate:.2e}  "
-                f"grad norm {record.grad_norm:.2f}  {speed} tokens/s  {_clock(left)} left"
+                f"{record.learning_rate:.2e}  grad norm {record.grad_norm:.2f}  {speed} tokens/s  {_clock(left)} left"
             )
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print a line."""
         self.say(
-            f"{self._name}  step {record.step}/{self._total}  evaluation: nll {record.nll:.4f}  "
-            f"perplexity {record.perplexity:.2f}  ({record.tokens:,} tokens)"
+            f"{self._name}  step {record.step}/{self._total}  evaluation: nll {record.nll:.4f}  perplexity "
+            f"{record.perplexity:.2f}  ({record.tokens:,} tokens)"
         )
 
 

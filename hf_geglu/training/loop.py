@@ -57,8 +57,8 @@ def make_accelerator(settings: TrainSettings) -> Any:
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigurationError(
-            f"mixed_precision={settings.precision() or 'as launched'}: {error} "
-            "Use --mixed_precision bf16 or no, or another device."
+            f"mixed_precision={settings.precision() or 'as launched'}: {error} Use --mixed_precision bf16 or no, or "
+            "another device."
         ) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigurationError(
@@ -217,15 +217,10 @@ def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any) -> tup
 
 def _not_finite(what: str, value: float, step: int, rate: float, checkpoints: CheckpointFolder | None) -> TrainingError:
     kept = checkpoints.latest() if checkpoints else None
+    left = f"the last good state is kept in {kept.name}" if kept else "no checkpoint had been written yet"
     return TrainingError(
-        f"{what} became {value} at step {step} (learning rate {rate:.3g}): expected a finite number; training stopped "
-        "before the "
-        + (
-            f"update, the last good state is kept in {kept.name}. "
-            if kept
-            else "update; no checkpoint had been written yet. "
-        )
-        + "Lower --learning_rate, add --warmup_steps, or use bf16 rather than fp16."
+        f"{what} became {value} at step {step} (learning rate {rate:.3g}): expected a finite number. Training stopped "
+        f"before the update; {left}. Lower --learning_rate, add --warmup_steps, or use bf16 rather than fp16."
     )
 
 

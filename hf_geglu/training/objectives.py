@@ -141,8 +141,7 @@ def objective_for(task: Task, tokenizer: Any, *, mlm_probability: float = 0.15) 
     if tokenizer.mask_token_id is None:
         raise ConfigurationError(
             f"{type(tokenizer).__name__} has no mask token: expected the tokenizer of a masked language model, such "
-            "as BERT. "
-            "For a causal model use finetune_clm."
+            "as BERT. For a causal model use finetune_clm."
         )
     return MaskedLM(
         mask_token_id=int(tokenizer.mask_token_id),

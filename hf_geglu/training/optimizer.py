@@ -99,9 +99,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: dict[str
     if foreign:
         raise TrainingError(
             f"optimizer state for {foreign[0]} and {len(foreign) - 1} more parameters that this model does not train: "
-            "expected "
-            "the state of the same model. Give the model, --convert, --variant and --layers that the checkpoint was "
-            "made with."
+            "expected the state of the same model. Give the model, --convert, --variant and --layers that the "
+            "checkpoint was made with."
         )
     state: dict[Tensor, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -110,8 +109,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: dict[str
         if value.ndim and value.shape != parameter.shape:
             raise TrainingError(
                 f"optimizer state of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}: "
-                "expected the "
-                "same model. Give the model, --convert, --variant and --layers that the checkpoint was made with."
+                "expected the same model. Give the model, --convert, --variant and --layers that the checkpoint was "
+                "made with."
             )
         # AdamW keeps its step count on the CPU unless it is fused.
         place = parameter.device if value.ndim or optimizer.defaults.get("fused") else torch.device("cpu")

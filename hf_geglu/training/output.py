@@ -81,8 +81,7 @@ def check_output(output: OutputSettings, *, sources: Iterable[str] = ()) -> tupl
     if folder.is_dir() and any(folder.iterdir()) and not output.overwrite_output_dir:
         raise OutputError(
             f"--output_dir {name} is not empty: expected a new or empty folder. Give another one, --resume to go on "
-            "from its "
-            "newest checkpoint, or --overwrite_output_dir to start anew."
+            "from its newest checkpoint, or --overwrite_output_dir to start anew."
         )
     for source in sources:
         if Path(source).exists() and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
@@ -102,8 +101,7 @@ def _checkpoint(folder: Path, resume: str) -> Path:
         if found is None:
             raise TrainingError(
                 f"--resume, but {folder.name or folder} holds no checkpoint: expected a folder checkpoint-N. Leave "
-                "--resume "
-                "out to start a run there."
+                "--resume out to start a run there."
             )
         return found
     path = next((p for p in (Path(resume), folder / resume) if p.is_dir()), None)

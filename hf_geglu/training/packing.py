@@ -112,8 +112,8 @@ def packing_for(
         )
     if packing.room < 1:
         raise ConfigurationError(
-            f"block_size={block_size} with {block_size - packing.room} special tokens in each: expected room for text. "
-            "Raise --block_size."
+            f"block_size={block_size} with {block_size - packing.room} special tokens in each: expected room for "
+            "text. Raise --block_size."
         )
     return packing
 

@@ -251,8 +251,7 @@ def _check_vocabulary(model: nn.Module, corpus: Corpus) -> None:
         if isinstance(blocks, TokenBlocks) and len(blocks.tokens) and int(blocks.tokens.max()) >= rows:
             raise DataError(
                 f"the tokenizer gives token {int(blocks.tokens.max())}, the model has embeddings for {rows}: expected "
-                "a tokenizer "
-                "that belongs to the model. Give --tokenizer_name, or resize the embeddings first."
+                "a tokenizer that belongs to the model. Give --tokenizer_name, or resize the embeddings first."
             )
 
 
@@ -313,6 +312,5 @@ def _readable(name: str, expected: str = "a model") -> Iterator[None]:
         reason = str(error).strip().split("\n")[0]
         raise ConfigurationError(
             f"{name if not Path(name).is_absolute() else Path(name).name} cannot be loaded: {reason} Expected "
-            f"{expected} on the "
-            "Hub or in a local folder. Check --model_name_or_path."
+            f"{expected} on the Hub or in a local folder. Check --model_name_or_path."
         ) from error
