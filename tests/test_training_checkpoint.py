@@ -18,8 +18,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.training import CheckpointFolder, TrainSettings, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
-
 
 def run(
     model: nn.Module, folder: CheckpointFolder | None, *, blocks: Any = None, resume: bool = False, **changed: Any

@@ -23,6 +23,12 @@ from hf_geglu.errors import DataError
 from hf_geglu.training import DataSettings, MapBlocks, TokenBlocks
 from hf_geglu.training.corpus import Corpus, find_text_column, load_corpus
 
+# datasets 4 leaves csv files to the garbage collector
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file.*[ct]sv:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in.*[ct]sv:pytest.PytestUnraisableExceptionWarning"),
+]
+
 TEXT = lines(60)
 
 

@@ -42,6 +42,12 @@ from hf_geglu.training import DataSettings, ModelSettings, OutputSettings, RunSe
 from hf_geglu.training.log import to_json
 from hf_geglu.training.run import choose_block_size, finetune
 
+# datasets 4 leaves csv files to the garbage collector
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file.*[ct]sv:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in.*[ct]sv:pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
