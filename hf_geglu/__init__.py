@@ -14,9 +14,9 @@ from hf_geglu.errors import HfGegluError
 from hf_geglu.variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
-    from hf_geglu.distance import Comparison, compare
     from hf_geglu.config import geglu_config
     from hf_geglu.converting import convert
+    from hf_geglu.distance import Comparison, compare
     from hf_geglu.hub.loading import from_pretrained
     from hf_geglu.hub.saving import save_folder
     from hf_geglu.plan import Plan, make_plan

@@ -1,8 +1,8 @@
 """Makes the Auto classes know the variants' model types, each at the moment it is asked for.
 
 A variant of any of transformers' 800 model types may be loaded, and importing them all would take seconds. So
-``CONFIG_MAPPING`` resolves "geglu_<type>" on demand: that one container is private to transformers and touched only here.
-What follows (which model class belongs to that config) is registered through the Auto classes' public `register`.
+``CONFIG_MAPPING`` resolves "geglu_<type>" on demand: that one container is private to transformers and touched only
+here. What follows (which model class belongs to that config) is registered through the Auto classes' public `register`.
 Without this module `auto_map` in the checkpoint's config still works, with ``trust_remote_code=True``.
 """
 
@@ -81,7 +81,9 @@ def auto_map(config_class: type, model_class: type) -> dict[str, str]:
     """``config.auto_map`` of a variant: where the file that travels with it has the class for each Auto class."""
     prefix = f"modeling_geglu.{modeling_geglu.CLASS_PREFIX}"
     heads = auto_classes(config_class.model_type) or {"AutoModel": model_class.__name__}  # type: ignore[attr-defined]
-    return {"AutoConfig": prefix + config_class.__name__} | {auto: prefix + name for auto, name in sorted(heads.items())}
+    return {"AutoConfig": prefix + config_class.__name__} | {
+        auto: prefix + name for auto, name in sorted(heads.items())
+    }
 
 
 def _auto_model_classes() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """geglu_config: the same architecture with GeGLU blocks, as a config for ``AutoModelFor*.from_config``, untrained.
 
-As everywhere, what a config entry does is found out by building the model (on the meta device, without weights) and looking.
+As everywhere, what a config entry does is found out by building the model (on the meta device, without weights) and
+looking.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from hf_geglu.variants import VARIANTS, get_variant
 from hf_geglu.width import matched_width
 
 NATIVELY_GATED = {
-    # T5, LongT5, UDOP... derive the other two entries from the first one, but keep what was derived when a config is copied.
+    # T5, LongT5, UDOP... derive the other two entries from the first one, but keep what was derived when a config is
+    # copied.
     # "gelu_python" is the erf form; "gated-gelu" is read as the tanh form.
     variant: {"feed_forward_proj": f"gated-{name}", "dense_act_fn": activation, "is_gated_act": True}
     for variant, name, activation in (
@@ -31,8 +33,8 @@ NATIVELY_GATED = {
         ("reglu", "relu", "relu"),
     )
 }
-"""The one table of this package: config entries that turn a dense architecture into its own gated one. They cannot be found
-by looking at a dense model."""
+"""The one table of this package: config entries that turn a dense architecture into its own gated one. They cannot be
+found by looking at a dense model."""
 
 
 def geglu_config(config: Any, width: Literal["same", "matched"] | int = "same", *, variant: str = "geglu") -> Any:
@@ -40,7 +42,8 @@ def geglu_config(config: Any, width: Literal["same", "matched"] | int = "same", 
 
     Args:
         config: of any transformers model, dense or gated. It is not changed.
-        width: "same" intermediate size; "matched" keeps the parameters (two thirds of a dense block's width, the same for a
+        width: "same" intermediate size; "matched" keeps the parameters (two thirds of a dense block's width, the same
+        for a
             block that is gated already); or the intermediate size itself.
         variant: a name of `hf_geglu.VARIANTS`.
 
@@ -118,7 +121,8 @@ def _with_width(config: Any, model: nn.Module, width: Literal["same", "matched"]
         if observed == [wanted[site.width] for site in sites]:
             return changed
     raise PlanError(
-        f"no entry of {type(config).__name__} sets the intermediate sizes {sorted(wanted)} to {[wanted[w] for w in sorted(wanted)]}; "
+        f"no entry of {type(config).__name__} sets the intermediate sizes {sorted(wanted)} to "
+        f"{[wanted[w] for w in sorted(wanted)]}; "
         "set them in the config yourself and call geglu_config with width='same'"
     )
 

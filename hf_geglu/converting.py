@@ -34,8 +34,8 @@ def convert(
 ) -> Report:
     """Turn the FFN blocks of `model` into GeGLU blocks, in place, and prove it.
 
-    Blocks that are already what was asked for are left alone; where all of them are, nothing happens and the report says
-    so. The originals stay on the model until `revert` or `forget_original`.
+    Blocks that are already what was asked for are left alone; where all of them are, nothing happens and the report
+    says so. The originals stay on the model until `revert` or `forget_original`.
 
     Args:
         model: a transformers model with its weights, or any module whose FFN blocks `find_sites` sees.
@@ -44,7 +44,8 @@ def convert(
         layers: see `make_plan`.
         gelu: see `make_plan`.
         inputs: keyword arguments of one forward, for the verification; synthetic ones otherwise.
-        verify: "model" runs the whole model before and after (a model in a 16-bit dtype also in float32, for which a copy
+        verify: "model" runs the whole model before and after (a model in a 16-bit dtype also in float32, for which a
+        copy
             is made and dropped); "sites" checks every block in float64 only.
 
     Returns:
@@ -68,7 +69,9 @@ def convert(
             _compare_run(model, dtype, outputs, inputs) for dtype, outputs in before.items() if inputs is not None
         )
         check_exactness(plan, comparisons, _noise(before))
-        values, response = check_values(model, plan, cast(inputs, model)) if inputs is not None and before else ((), None)
+        values, response = (
+            check_values(model, plan, cast(inputs, model)) if inputs is not None and before else ((), None)
+        )
     except BaseException:
         revert(model)
         raise
@@ -86,16 +89,18 @@ def convert(
     )
 
 
-def _first_run(
-    model: nn.Module, inputs: Inputs | None
-) -> tuple[dict[torch.dtype, Outputs], Inputs | None, str]:
-    """Outputs before the conversion, by dtype. Without inputs of the user's, a model that cannot be run on synthetic ones
-    is verified site by site, and the note says so."""
+def _first_run(model: nn.Module, inputs: Inputs | None) -> tuple[dict[torch.dtype, Outputs], Inputs | None, str]:
+    """Outputs before the conversion, by dtype. Without inputs of the user's, a model that cannot be run on synthetic
+    ones is verified site by site, and the note says so."""
     given = inputs is not None
     if inputs is None:
         inputs = synthetic_inputs(model)
     if inputs is None:
-        return {}, None, "the whole model was not run: its config does not say what its inputs look like; hand in inputs="
+        return (
+            {},
+            None,
+            "the whole model was not run: its config does not say what its inputs look like; hand in inputs=",
+        )
     own = next(model.parameters()).dtype
     try:
         return {dtype: _run(model, dtype, inputs) for dtype in _dtypes(own)}, inputs, ""

@@ -70,7 +70,9 @@ def compare(
             entry = comparison(before, after, dtype=name, tokens=batch.get("input_ids"), causal=causal)
             merged = entry if merged is None else _merge(merged, entry)
     if merged is None:
-        raise VerificationError("no inputs to compare on; expected the keyword arguments of a forward, or several of them")
+        raise VerificationError(
+            "no inputs to compare on; expected the keyword arguments of a forward, or several of them"
+        )
     return merged
 
 

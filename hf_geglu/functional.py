@@ -1,6 +1,7 @@
 """The formulas themselves, as pure tensor mathematics: what every faster or stranger path is tested against.
 
-Legend of suffixes: F intermediate size, P packed size (2F), D hidden size; a leading `...` stands for any batch dimensions.
+Legend of suffixes: F intermediate size, P packed size (2F), D hidden size; a leading `...` stands for any batch
+dimensions.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def ffn(
 ) -> torch.Tensor:
     """A whole FFN block, (..., D) -> (..., D): ``(f(x Wg + bg) * (x Wv + bv)) Wd + bd``, dense where `value` is None.
 
-    Each projection is (weight, bias or None) with the weight as in nn.Linear, (out, in). Biases as in GLU (Dauphin et al.
-    2017, arXiv:1612.08083, eq. 1); Shazeer 2020 leaves them out.
+    Each projection is (weight, bias or None) with the weight as in nn.Linear, (out, in). Biases as in GLU (Dauphin et
+    al. 2017, arXiv:1612.08083, eq. 1); Shazeer 2020 leaves them out.
     """
     hidden_F = activation(gate_activation)(torch.nn.functional.linear(x_D, *gate))
     if value is not None:

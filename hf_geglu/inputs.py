@@ -1,7 +1,7 @@
 """Synthetic inputs for a whole model, from what its config says of its shapes.
 
-For verifications where the user hands in none. Text, vision and audio models, encoder-decoders and two-tower models; where a
-config does not say enough, the caller is told so and verifies site by site.
+For verifications where the user hands in none. Text, vision and audio models, encoder-decoders and two-tower models;
+where a config does not say enough, the caller is told so and verifies site by site.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ BATCH, TOKENS = 2, 16
 
 
 def synthetic_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, torch.Tensor] | None:
-    """Keyword arguments for one forward of `model`, on its device and in its dtype; None where its config does not tell.
+    """Keyword arguments for one forward of `model`, on its device and in its dtype; None where its config does not
+    tell.
 
     Tokens are uniform over the vocabulary, pixels and audio are N(0, 1), from a generator of their own (`seed`).
     """

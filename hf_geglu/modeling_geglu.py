@@ -1,7 +1,7 @@
 """The run time of a GeGLU variant: it builds the converted blocks when a checkpoint is loaded.
 
-This file travels with every checkpoint that needs it (``trust_remote_code=True`` runs it) and is also what the plugin uses,
-so it imports torch and transformers and nothing else.
+This file travels with every checkpoint that needs it (``trust_remote_code=True`` runs it) and is also what the plugin
+uses, so it imports torch and transformers and nothing else.
 
 How a variant is put together:
 
@@ -48,7 +48,8 @@ class VariantLoadError(ValueError):
 
 
 class PackedGLU(nn.Module):
-    """The gated unit on a packed projection: ``activation(gate) * value`` with ``[gate | value]`` in the last dimension.
+    """The gated unit on a packed projection: ``activation(gate) * value`` with ``[gate | value]`` in the last
+    dimension.
 
     The gate comes first, as in the formulas of Shazeer 2020 (arXiv:2002.05202, eq. 5 and 6: ``GELU(xW) * xV``).
     `torch.nn.functional.glu` puts it last: ``glu(cat([value, gate])) == value * sigmoid(gate)``.
@@ -67,10 +68,15 @@ class PackedGLU(nn.Module):
         """Split into halves and multiply."""
         if packed.shape[-1] % 2:
             raise ValueError(
-                f"a packed GLU halves the last dimension, but it has {packed.shape[-1]} elements; expected [gate | value], "
+                f"a packed GLU halves the last dimension, but it has {packed.shape[-1]} elements; expected [gate | "
+                "value], "
                 "two halves of equal width"
             )
         gate, value = packed.chunk(2, dim=-1)
+        if gate.device.type == "cpu":
+            # float32 GELU there is computed by oneDNN where memory is contiguous and by ATen where it is not, 5e-7 apart:
+            # without the copy an exact conversion would differ from its original
+            gate = gate.contiguous()
         activated: torch.Tensor = self.activation(gate)
         return activated * value
 
@@ -78,7 +84,8 @@ class PackedGLU(nn.Module):
 def widen(up: nn.Module, width: int) -> nn.Module:
     """The packed form of an up projection: same class and attributes, twice `width` outputs, always with a bias.
 
-    Works for ``nn.Linear`` (weight (out, in)), transformers' ``Conv1D`` (weight (in, out)) and their subclasses. The new
+    Works for ``nn.Linear`` (weight (out, in)), transformers' ``Conv1D`` (weight (in, out)) and their subclasses. The
+    new
     parameters are empty: the caller fills them. The bias is where an exact conversion keeps its constant value branch.
     """
     weight = up.weight
@@ -111,7 +118,8 @@ def get_attribute(root: nn.Module, path: str) -> Any:
 
 
 def _locate(model: nn.Module, path: str) -> str | None:
-    """Where a site's path is in this class: a head keeps the base model under ``base_model_prefix``, the base does not."""
+    """Where a site's path is in this class: a head keeps the base model under ``base_model_prefix``, the base does
+    not."""
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
         try:
@@ -125,8 +133,8 @@ def _locate(model: nn.Module, path: str) -> str | None:
 def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The sites with their paths as this class has them.
 
-    A class may hold one tower of an encoder-decoder (T5EncoderModel): the sites of the other are then absent as a whole.
-    Anything else that is absent is an error.
+    A class may hold one tower of an encoder-decoder (T5EncoderModel): the sites of the other are then absent as a
+    whole. Anything else that is absent is an error.
     """
     prefix = getattr(model, "base_model_prefix", "")
     found: list[dict[str, Any]] = []
@@ -154,7 +162,8 @@ def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[di
 
 
 def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
-    """Turn the freshly built blocks of `model` into those that ``config.geglu`` lists; weights come from the checkpoint."""
+    """Turn the freshly built blocks of `model` into those that ``config.geglu`` lists; weights come from the
+    checkpoint."""
     for site in _located_sites(model, list(geglu["sites"])):
         activation = get_attribute(model, site["activation"]) if site["gate"] is None else ACT2FN[site["gate"]]
         if site["up"] is None:
@@ -172,7 +181,8 @@ def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
 
 
 def _init_std(model: nn.Module) -> float:
-    """Standard deviation for classes whose `_init_weights` does not know the projection: the config's, else 0.02 (BERT)."""
+    """Standard deviation for classes whose `_init_weights` does not know the projection: the config's, else 0.02
+    (BERT)."""
     return float(getattr(model.config, "initializer_range", None) or 0.02)
 
 
@@ -202,22 +212,25 @@ def base_activation(config: Any) -> Iterator[None]:
 
 
 class GegluMixin:
-    """What a variant's class adds to its base: it builds the sites of ``config.geglu`` and ships this file when saved."""
+    """What a variant's class adds to its base: it builds the sites of ``config.geglu`` and ships this file when
+    saved."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         geglu = getattr(config, "geglu", None)
         if not isinstance(geglu, Mapping):
             raise VariantLoadError(
                 f"{type(self).__name__} needs a config with a `geglu` entry that lists the converted sites, but this "
-                f"{type(config).__name__} has none; make one with hf_geglu.geglu_config(config) or hf_geglu.convert(model)"
+                f"{type(config).__name__} has none; make one with hf_geglu.geglu_config(config) or "
+                "hf_geglu.convert(model)"
             )
         if geglu["schema"] > SCHEMA:
             raise VariantLoadError(
-                f"this GeGLU variant was written with schema {geglu['schema']}, this code reads up to {SCHEMA}; upgrade "
+                f"this GeGLU variant was written with schema {geglu['schema']}, this code reads up to {SCHEMA}; "
+                "upgrade "
                 "with `pip install -U hf_geglu`, or load it with trust_remote_code=True"
             )
         with base_activation(config):
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         build_variant_blocks(self, geglu)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -301,7 +314,8 @@ def base_class(name: str) -> type:
         found = getattr(transformers, name.removeprefix(CLASS_PREFIX))
     except AttributeError as error:
         raise VariantLoadError(
-            f"{name} is a GeGLU variant of {name.removeprefix(CLASS_PREFIX)}, which transformers {transformers.__version__} "
+            f"{name} is a GeGLU variant of {name.removeprefix(CLASS_PREFIX)}, which transformers "
+            f"{transformers.__version__} "
             "does not have; install a version that has it"
         ) from error
     assert isinstance(found, type)

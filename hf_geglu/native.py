@@ -1,6 +1,7 @@
 """Does a plain config of this class load the variant? Found out by behaviour.
 
-Configs lie: gpt_oss and lfm2 ignore their `hidden_act`, ``GemmaConfig(hidden_act="gelu")`` is coerced to the tanh form. So a
+Configs lie: gpt_oss and lfm2 ignore their `hidden_act`, ``GemmaConfig(hidden_act="gelu")`` is coerced to the tanh
+form. So a
 twin of the model is built from the changed config on the meta device (no weights), and the finder says what its blocks
 compute. Only if that is exactly what the plan wants, at every site, is the variant native.
 """
@@ -33,9 +34,10 @@ def activation_keys(config: Any, activation: str, prefix: str = "") -> Iterator[
     for key, value in sorted(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             yield from activation_keys(value, activation, f"{prefix}{key}.")
-        elif isinstance(value, str) and ("act" in key or value.startswith(_GATED_PREFIX)):
-            if value.removeprefix(_GATED_PREFIX) in names:
-                yield prefix + key
+        elif not isinstance(value, str) or value.removeprefix(_GATED_PREFIX) not in names:
+            continue
+        elif "act" in key or value.startswith(_GATED_PREFIX):
+            yield prefix + key
 
 
 def native_config_change(model: nn.Module, found: FoundSites, wanted: Mapping[str, str]) -> tuple[dict[str, str], str]:

@@ -83,8 +83,8 @@ class Plan:
     gelu: GeluForm
     dtype: str
     tier: Tier
-    """native: a plain config loads it. portable: it carries its own modelling file. in-memory: no transformers model, so
-    nothing knows how to save it."""
+    """native: a plain config loads it. portable: it carries its own modelling file. in-memory: no transformers model,
+    so nothing knows how to save it."""
     tier_reason: str
     config_changes: Mapping[str, str]
     """For the native tier: the config entries that change, with their new values."""
@@ -131,7 +131,9 @@ class Plan:
             data = json.loads(text)
             schema = data["schema"]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise PlanError(f"this is no plan ({error!r}); expected the JSON that `hf-geglu plan --json` writes") from error
+            raise PlanError(
+                f"this is no plan ({error!r}); expected the JSON that `hf-geglu plan --json` writes"
+            ) from error
         if schema > SCHEMA:
             raise PlanError(f"this plan has schema {schema}, this version reads up to {SCHEMA}; upgrade hf_geglu")
         try:
@@ -176,8 +178,8 @@ def make_plan(
     Args:
         model: a transformers model, or any module whose FFN blocks `find_sites` sees.
         variant: a name of `hf_geglu.VARIANTS`.
-        width: "same" keeps every block's intermediate size, the only width at which pretrained weights carry over whole.
-        layers: which sites, see `hf_geglu.selection.select`; None for all.
+        width: "same" keeps every block's intermediate size, the only width at which pretrained weights carry over
+        whole. layers: which sites, see `hf_geglu.selection.select`; None for all.
         gelu: for the GELU variants, "owner" lets a block that computes the other form of GELU (erf or tanh) keep it, so
             that its conversion is exact; "named" gives every block exactly the form that `variant` names.
         found: the result of `find_sites`, where it is at hand or was made by hand.
@@ -230,7 +232,9 @@ def make_plan(
         sites=tuple(plans),
         refused=tuple(refused),
         unselected=tuple(
-            Untouched(path=site.up, activation_path=site.activation_path, reason="not selected by layers=") for site in found.sites if site not in selected
+            Untouched(path=site.up, activation_path=site.activation_path, reason="not selected by layers=")
+            for site in found.sites
+            if site not in selected
         ),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -274,7 +278,9 @@ def _refuse_if_unfit(model: nn.Module, site: Site, shared: dict[str, list[str]],
         projection = model.get_submodule(path)
         weight = projection.weight
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-            raise ConversionError(f"{path} is quantised; convert the model in bfloat16 or float32 and quantise the variant")
+            raise ConversionError(
+                f"{path} is quantised; convert the model in bfloat16 or float32 and quantise the variant"
+            )
         others = [name for name in shared.get(f"{path}.weight", []) if name != f"{path}.weight"]
         if others:
             raise ConversionError(
@@ -311,9 +317,7 @@ def _expanded(model: nn.Module, site: Site, before: Cost) -> Cost:
     assert isinstance(weight, torch.Tensor)
     bias = 2 * site.width - (0 if getattr(up, "bias", None) is None else site.width)
     added = weight.numel() + bias
-    return before + Cost(
-        parameters=added, flops_per_token=2 * weight.numel(), bytes=added * weight.element_size()
-    )
+    return before + Cost(parameters=added, flops_per_token=2 * weight.numel(), bytes=added * weight.element_size())
 
 
 def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[Tier, str, dict[str, str]]:

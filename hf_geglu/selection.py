@@ -22,7 +22,8 @@ def select(sites: Sequence[Site], layers: Layers) -> tuple[Site, ...]:
     Args:
         sites: all of a model's sites.
         layers: None for all; an index (negative ones count from the last layer); a range "2-5" (both ends included) or
-            "2:6" (the end excluded, as in Python); a glob on the site's path such as ``"*.encoder.layer.1*"``; several of
+            "2:6" (the end excluded, as in Python); a glob on the site's path such as ``"*.encoder.layer.1*"``; "
+            "several of
             these, in a list or separated by commas. In a model of several towers an index names that layer in each.
 
     Raises:
@@ -45,7 +46,8 @@ def _selectors(layers: Selector | Iterable[Selector]) -> Iterable[Selector]:
     for item in [layers] if isinstance(layers, int | str) else layers:
         if isinstance(item, bool) or not isinstance(item, int | str):
             raise SelectionError(
-                f"layers={item!r} is a {type(item).__name__}; expected an index, a range such as '2-5', or a glob on a path"
+                f"layers={item!r} is a {type(item).__name__}; expected an index, a range such as '2-5', or a glob on "
+                "a path"
             )
         yield from [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
 

@@ -1,7 +1,7 @@
 """Installs what a plan says in a live model, all or nothing, and takes it out again.
 
-Every change goes through an `Undo` record, which lives on the model until `revert`. What another model shares with this one
-is not touched: a converted model gets a config of its own.
+Every change goes through an `Undo` record, which lives on the model until `revert`. What another model shares with
+this one is not touched: a converted model gets a config of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from transformers.activations import ACT2FN
 
 from hf_geglu.auto import auto_map, registered_config_class
@@ -94,7 +93,8 @@ def revert(model: nn.Module) -> None:
     undo = model.__dict__.pop(_UNDO, None)
     if undo is None:
         raise SurgeryError(
-            f"this {type(model).__name__} was not converted in this process, so there is nothing to put back; the original "
+            f"this {type(model).__name__} was not converted in this process, so there is nothing to put back; the "
+            "original "
             "is the base model that its config or card names"
         )
     undo.roll_back()
@@ -108,13 +108,16 @@ def forget_original(model: nn.Module) -> None:
 def _check(model: nn.Module, plan: Plan) -> None:
     if applied(model) is not None or hasattr(getattr(model, "config", None), "geglu"):
         raise SurgeryError(
-            f"this {type(model).__name__} is a GeGLU variant already; call hf_geglu.revert(model) first, or load the base model"
+            f"this {type(model).__name__} is a GeGLU variant already; call hf_geglu.revert(model) first, or load the "
+            "base model"
         )
     if plan.refused:
         listed = "; ".join(f"{entry.path}: {entry.reason}" for entry in plan.refused)
         raise PlanError(f"{len(plan.refused)} selected FFN blocks cannot be converted: {listed}")
     if plan.model_class != type(model).__name__:
-        raise PlanError(f"the plan was made for a {plan.model_class}, but this is a {type(model).__name__}; make a new one")
+        raise PlanError(
+            f"the plan was made for a {plan.model_class}, but this is a {type(model).__name__}; make a new one"
+        )
     for entry in plan.sites:
         for path in (entry.site.gate, entry.site.up, entry.site.down):
             try:
@@ -139,9 +142,7 @@ def _expand_site(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
     up = model.get_submodule(site.up)
     assert isinstance(up.weight, torch.Tensor)
     packed = widen(up, site.width)
-    weight, bias = expand(
-        up.weight, _bias(up), entry.scaling, transposed=site.projection == "conv1d"
-    )
+    weight, bias = expand(up.weight, _bias(up), entry.scaling, transposed=site.projection == "conv1d")
     packed.weight = nn.Parameter(weight, requires_grad=up.weight.requires_grad)
     packed.bias = nn.Parameter(bias, requires_grad=up.weight.requires_grad)
     _replace(model, site.up, packed, undo)
@@ -183,11 +184,15 @@ def _replace_activation(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
     assert path is not None
     if path in undo.installed:  # two blocks of one layer go through one attribute
         if undo.installed[path] != (packed, entry.scaling.gate):
-            raise PlanError(f"{path} serves two FFN blocks that need different activations; leave one out with `layers=`")
+            raise PlanError(
+                f"{path} serves two FFN blocks that need different activations; leave one out with `layers=`"
+            )
         undo.activations[entry.site.up] = undo.originals[path]
         return
     if any(left.path != entry.site.up and left.activation_path == path for left in undo.plan.unselected):
-        raise PlanError(f"{path} serves two FFN blocks, of which only one is selected; select both or none with `layers=`")
+        raise PlanError(
+            f"{path} serves two FFN blocks, of which only one is selected; select both or none with `layers=`"
+        )
     original = get_attribute(model, path)
     gate = original if entry.keeps_activation else ACT2FN[entry.scaling.gate]
     replacement = PackedGLU(gate) if packed else gate

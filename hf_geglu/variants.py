@@ -77,7 +77,8 @@ def register() -> None:
             present = dict.get(ACT2FN, name)
             if present is not None and present != entry:
                 raise VariantError(
-                    f"transformers' ACT2FN already has {name!r}: {present!r}; hf_geglu would have to replace it and does "
+                    f"transformers' ACT2FN already has {name!r}: {present!r}; hf_geglu would have to replace it and "
+                    "does "
                     "not. Import hf_geglu before the code that registers it, or register that one under another name"
                 )
         for name, entry in entries.items():

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.distance import Comparison, Outputs, comparison, evaluating, outputs_of
 from hf_geglu.conversions import Scaling
+from hf_geglu.distance import Comparison, Outputs, comparison, evaluating, outputs_of
 from hf_geglu.errors import VerificationError
 from hf_geglu.functional import split_packed
 from hf_geglu.inputs import Inputs
@@ -28,8 +28,10 @@ NEURONS, VECTORS = 512, 64
 """How many neurons of a site, and how many input vectors for each, the float64 check takes."""
 
 EXACT_NOISE = 1000
-"""An exact conversion may move a model's outputs by this many rounding steps of float32 or float64, relative to the largest
-output. Deep models amplify a rounding by 10 to 100; the nearest wrong formula (tanh for erf) starts at 4000 float32 steps."""
+"""An exact conversion may move a model's outputs by this many rounding steps of float32 or float64, relative to the
+largest
+output. Deep models amplify a rounding by 10 to 100; the nearest wrong formula (tanh for erf) starts at 4000 float32
+steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +116,7 @@ def check_sites(model: nn.Module, undo: Undo) -> tuple[SiteCheck, ...]:
     return tuple(checks)
 
 
-def _check_site(
-    model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.Generator
-) -> tuple[SiteCheck, bool]:
+def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.Generator) -> tuple[SiteCheck, bool]:
     site, scaling = entry.site, entry.scaling
     neurons = torch.randperm(site.width, generator=generator)[:NEURONS]
     x_D = torch.randn((VECTORS, site.d_in), generator=generator, dtype=torch.float64)
@@ -220,8 +220,10 @@ def check_exactness(plan: Plan, comparisons: tuple[Comparison, ...], noise: dict
         allowed = 2 * noise[entry.dtype] + 1e-6 if entry.dtype in noise else EXACT_NOISE * eps
         if not entry.max_rel <= allowed:
             raise VerificationError(
-                f"the plan is exact, but in {entry.dtype} the {entry.output} moved by {entry.max_rel:.3g} of their largest "
-                f"value, where {allowed:.3g} is rounding; the model was put back. If the model is not deterministic in eval "
+                f"the plan is exact, but in {entry.dtype} the {entry.output} moved by {entry.max_rel:.3g} of their "
+                "largest "
+                f"value, where {allowed:.3g} is rounding; the model was put back. If the model is not deterministic "
+                "in eval "
                 "mode, say verify='sites'"
             )
 
@@ -253,7 +255,8 @@ def check_values(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[tuple[Va
     reached = [value for value in values if value.gradient is not None]
     if reached and not any(value.gradient for value in reached):
         raise VerificationError(
-            "no value branch receives any gradient, so this variant would never learn to be one; the model was put back. "
+            "no value branch receives any gradient, so this variant would never learn to be one; the model was put "
+            "back. "
             "Does its output depend on its FFN blocks at all (zero-initialised down projections)?"
         )
     before = {name: tensor.detach() for name, tensor in outputs.items()}
@@ -279,7 +282,7 @@ def _select(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _norm(gradient: torch.Tensor, rows: torch.Tensor | None) -> float:
-    return _select(gradient, rows).float().norm().item()
+    return float(_select(gradient, rows).float().norm())
 
 
 def _response(

@@ -33,7 +33,10 @@ for job in jobs:
         outputs = model(**inputs)
     results.append({
         "class": type(model).__name__,
-        "difference": max((outputs[name[4:]] - tensor).abs().max().item() for name, tensor in tensors.items() if name.startswith("out.")),
+        "difference": max(
+            (outputs[name[4:]] - tensor).abs().max().item()
+            for name, tensor in tensors.items() if name.startswith("out.")
+        ),
         "missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
     })
 if any(job["how"] != "plugin" for job in jobs):

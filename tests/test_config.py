@@ -18,7 +18,9 @@ def _build(model_type, config):
     return build(config)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "gpt2", "opt", "vit", "whisper", "t5", "clip_vision_model", "llama", "phi3"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "gpt2", "opt", "vit", "whisper", "t5", "clip_vision_model", "llama", "phi3"]
+)
 @pytest.mark.parametrize("width", ["same", "matched", 24])
 def test_untrained_models_have_geglu_blocks(model_type, width):
     dense = tiny(model_type)

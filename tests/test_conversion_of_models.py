@@ -42,7 +42,13 @@ GELU_OWNERS = [
     ("whisper", {}),
     ("clip_vision_model", {"hidden_act": "gelu"}),
 ]
-APPROXIMATE = [("opt", "relu"), ("t5", "relu"), ("clip_vision_model", "quick_gelu"), ("llama", "silu"), ("phi3", "silu")]
+APPROXIMATE = [
+    ("opt", "relu"),
+    ("t5", "relu"),
+    ("clip_vision_model", "quick_gelu"),
+    ("llama", "silu"),
+    ("phi3", "silu"),
+]
 
 
 def _state(model):
@@ -230,7 +236,7 @@ def test_plain_module():
     assert "inputs=" in report.note
 
 
-# -- bad input: a clear error, and the model as it was -------------------------------------------------------------------
+# -- bad input: a clear error, and the model as it was -----------------------------------------------------------------
 
 
 def _refused(model, error, match, **arguments):
@@ -340,7 +346,7 @@ def test_the_naive_swap_is_caught_by_the_site_check(monkeypatch):
     assert all(site.max_abs == 0.0 for site in report.sites)
 
 
-# -- the plan --------------------------------------------------------------------------------------------------------------
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "clip", "t5"])
@@ -384,7 +390,7 @@ def test_another_width_is_refused():
         hf_geglu.make_plan(tiny("bert"), width="matched")
 
 
-# -- compare ----------------------------------------------------------------------------------------------------------------
+# -- compare -----------------------------------------------------------------------------------------------------------
 
 
 def test_compare_measures_what_it_says():

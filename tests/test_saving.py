@@ -1,4 +1,5 @@
-"""Saved variants load bit-identically in a fresh process in every way that applies, and a wrong load fails with a sentence."""
+"""Saved variants load bit-identically in a fresh process in every way that applies, and a wrong load fails with a
+sentence."""
 
 import json
 import os
@@ -17,7 +18,20 @@ from hf_geglu.errors import OutputError, WeightsError
 from hf_geglu.hub import save_folder
 from hf_geglu.modeling_geglu import VariantLoadError
 
-PORTABLE = ["bert", "gpt2", "opt", "vit", "whisper", "t5", "albert", "bloom", "clip", "deberta-v2", "distilbert", "bart"]
+PORTABLE = [
+    "bert",
+    "gpt2",
+    "opt",
+    "vit",
+    "whisper",
+    "t5",
+    "albert",
+    "bloom",
+    "clip",
+    "deberta-v2",
+    "distilbert",
+    "bart",
+]
 NATIVE = ["llama", "phi3", "mistral", "qwen2"]
 
 
@@ -109,7 +123,9 @@ def test_loaded_variant_saves_again(tmp_path):
     assert first["geglu"] == second["geglu"]
     assert first["auto_map"] == second["auto_map"]
     assert (tmp_path / "two" / "modeling_geglu.py").is_file()
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_generate_and_cache(tmp_path):
@@ -123,7 +139,7 @@ def test_generate_and_cache(tmp_path):
     assert torch.equal(loaded.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0), before)
 
 
-# -- wrong loads ----------------------------------------------------------------------------------------------------------
+# -- wrong loads -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -142,7 +158,9 @@ def _edit(folder, **changes):
 
 @pytest.mark.parametrize("plugin", [False, True])
 def test_plain_class_stops_with_a_sentence(variant, plugin):
-    code = f"{'import hf_geglu; ' if plugin else ''}import transformers; transformers.BertForMaskedLM.from_pretrained('v')"
+    code = (
+        f"{'import hf_geglu; ' if plugin else ''}import transformers; transformers.BertForMaskedLM.from_pretrained('v')"
+    )
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=variant.parent, capture_output=True, text=True, check=False
     )
@@ -167,7 +185,7 @@ def test_auto_class_without_trust_says_what_is_needed(variant):
 
 def test_tripwire_edited_out_still_fails(variant):
     _edit(variant, model_type="bert", hidden_act="gelu", auto_map={})
-    with pytest.raises(RuntimeError, match="size|shape"):
+    with pytest.raises(RuntimeError, match=r"size|shape"):
         transformers.BertForMaskedLM.from_pretrained(variant)
 
 
@@ -192,7 +210,7 @@ def test_config_without_sites_is_refused():
         GegluBertForMaskedLM(GegluBertConfig())
 
 
-# -- from_pretrained and folders --------------------------------------------------------------------------------------------
+# -- from_pretrained and folders ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

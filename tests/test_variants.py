@@ -39,7 +39,10 @@ def test_registered_unit_is_the_formula(name, packed):
     gate, value = packed[..., :6], packed[..., 6:]
     torch.testing.assert_close(ACT2FN[name](packed), FORMULAS[name](gate) * value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        functional.glu_unit(gate, value, hf_geglu.VARIANTS[name].gate), FORMULAS[name](gate) * value, rtol=1e-12, atol=1e-12
+        functional.glu_unit(gate, value, hf_geglu.VARIANTS[name].gate),
+        FORMULAS[name](gate) * value,
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -64,7 +67,9 @@ def test_interleaved_halves():
 
 def test_ffn_is_shazeer():
     g = torch.Generator().manual_seed(1)
-    x, wg, wv, wd = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 4), (6, 4), (6, 4), (4, 6)))
+    x, wg, wv, wd = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 4), (6, 4), (6, 4), (4, 6))
+    )
     expected = (FORMULAS["geglu"](x @ wg.T) * (x @ wv.T)) @ wd.T
     torch.testing.assert_close(functional.ffn(x, (wg, None), (wv, None), (wd, None), "gelu"), expected)
 

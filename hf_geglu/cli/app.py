@@ -114,7 +114,7 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the variant, the picture and the ledger go.")] = Path(
         "demo-output"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each of the two runs.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each of the two runs.")] = 12,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
 ) -> None:
     """Convert, verify, fine-tune and reload a real model on real text, and print the numbers side by side."""

@@ -14,7 +14,8 @@ def expand(
     """The packed up projection ``[gate | value]`` that computes what the dense one and its activation did.
 
     With ``act(z) = f(a z) (alpha z + beta)`` and ``z = W1 x + b1``:
-    Wg = a W1, bg = a b1, Wv = alpha W1, bv = alpha b1 + beta. For a GELU owner that is Wg = W1, Wv = 0, bv = 1: exact, and
+    Wg = a W1, bg = a b1, Wv = alpha W1, bv = alpha b1 + beta. For a GELU owner that is Wg = W1, Wv = 0, bv = 1: exact,
+    and
     the value branch receives its gradient from the first step, since ``d out/d Wv = Wd gelu(z) x`` is not zero.
 
     Args:

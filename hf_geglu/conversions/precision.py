@@ -19,7 +19,8 @@ def rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     result = tensor.to(dtype)
     if not torch.isfinite(result).all():
         raise WeightsError(
-            f"a converted weight is not finite in {dtype}: largest magnitude {tensor.abs().max().item():.3g}, the format "
+            f"a converted weight is not finite in {dtype}: largest magnitude {tensor.abs().max().item():.3g}, the "
+            "format "
             f"ends at {torch.finfo(dtype).max:.3g}; load the model in float32 or bfloat16"
         )
     return result

@@ -1,18 +1,20 @@
 """Which activation can be written with which gate: ``act(z) = f(a z) (alpha z + beta)``, and how well.
 
-Folded into the weights, the same line serves every conversion. A dense block (value branch still free) takes the whole of
-it; a gated block, whose value branch is occupied, takes the rows with alpha = 0.
+Folded into the weights, the same line serves every conversion. A dense block (value branch still free) takes the whole
+of it; a gated block, whose value branch is occupied, takes the rows with alpha = 0.
 
 Where the numbers come from:
 
 * 1.702 minimises ``max |Phi(x) - sigmoid(k x)|``, the distance of the logistic from the normal distribution function
-  (0.0095). It is the constant of arXiv:1606.08415, section 2: ``gelu(u) ~ u sigmoid(1.702 u)``. With u = z/1.702 follows
+  (0.0095). It is the constant of arXiv:1606.08415, section 2: ``gelu(u) ~ u sigmoid(1.702 u)``. With u = z/1.702
+  follows
   ``silu(z) ~ 1.702 gelu(z/1.702)``.
 * 128 is the sharpness for the kinked activations: ``gelu(k z)/k -> relu(z)`` as k grows, with the error
   ``max |relu(z) - gelu(k z)/k| = max |u Phi(-u)| / k = 0.16997/k``. A power of two costs no rounding in any binary
   format; 128 puts the error (relative RMS 1.5e-4) under the rounding of bfloat16 (2e-3) while ``128 z`` stays inside
   float16 for ``|z| < 511``.
-* `max_error` is the supremum over all z, `rms_error` the root mean square of the error relative to that of the activation
+* `max_error` is the supremum over all z, `rms_error` the root mean square of the error relative to that of the
+activation
   for z ~ N(0, 1). Both are recomputed by the tests.
 """
 
@@ -97,7 +99,11 @@ def find_scaling(source: str, gate: str, *, gated: bool) -> Scaling:
     scaling = SCALINGS.get((source, gate))
     if scaling is None or (gated and not scaling.fits_gated):
         reachable = sorted({s.gate for s in SCALINGS.values() if s.source == source and (s.fits_gated or not gated)})
-        ways = f"it leads to the gates: {', '.join(reachable)}" if reachable else "no gate of the GLU family is close to it"
+        ways = (
+            f"it leads to the gates: {', '.join(reachable)}"
+            if reachable
+            else "no gate of the GLU family is close to it"
+        )
         kind = "a gated block" if gated else "a dense block"
         raise ConversionError(
             f"{kind} with the activation {source!r} cannot be written with the gate {gate!r} without losing the "

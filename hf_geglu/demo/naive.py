@@ -15,8 +15,8 @@ from hf_geglu.plan import Plan
 def naive_swap(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` with GeGLU blocks put in by hand, as in most notebooks.
 
-    A gated block gets GELU in place of its activation, weights untouched. A dense block keeps its weights for the gate and
-    gets a value branch with the default initialisation of ``nn.Linear``.
+    A gated block gets GELU in place of its activation, weights untouched. A dense block keeps its weights for the gate
+    and gets a value branch with the default initialisation of ``nn.Linear``.
     """
     swapped = copy.deepcopy(model)
     for entry in plan.converted:

@@ -1,4 +1,5 @@
-"""Is a local checkpoint all there? Checked before it is loaded, so that the answer is a sentence and not a stack trace."""
+"""Is a local checkpoint all there? Checked before it is loaded, so that the answer is a sentence and not a stack
+trace."""
 
 from __future__ import annotations
 

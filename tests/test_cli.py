@@ -1,0 +1,106 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+import json
+
+import pytest
+import transformers
+from tiny_models import tiny
+from typer.testing import CliRunner
+
+import hf_geglu
+from hf_geglu.cli import app as cli
+from hf_geglu.plan import Plan
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny("bert").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def _run(monkeypatch, capsys, *words):
+    """Through `main`, as the console command does: (exit code, stdout, stderr)."""
+    monkeypatch.setattr("sys.argv", ["hf-geglu", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_plan_reads_the_config_only(base, monkeypatch, capsys):
+    (base / "model.safetensors").unlink()
+    before = _files(base)
+    code, out, _ = _run(monkeypatch, capsys, "plan", base)
+    assert code == 0
+    assert "2 FFN blocks to convert" in out
+    assert "bert.encoder.layer.1.intermediate.dense: expand" in out
+    code, out, _ = _run(monkeypatch, capsys, "plan", base, "--json", "--layers", "0")
+    assert len(Plan.from_json(out).sites) == 1
+    assert _files(base) == before
+
+
+def test_convert_writes_a_variant_that_loads(base, tmp_path, monkeypatch, capsys):
+    code, out, err = _run(monkeypatch, capsys, "convert", base, tmp_path / "out", "--dtype", "float32")
+    assert code == 0, err
+    assert "2 FFN blocks are geglu now, exact" in out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "geglu_bert"
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert hf_geglu.find_sites(model).sites[0].layout == "packed"
+    code, _, err = _run(monkeypatch, capsys, "convert", base, tmp_path / "out")
+    assert code == 2
+    assert "not empty" in err
+    code, _, _ = _run(monkeypatch, capsys, "convert", base, tmp_path / "out", "--overwrite")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--variant", "nope"], "unknown GLU variant 'nope'"),
+        (["--layers", "77"], "matches none of the 2 FFN sites"),
+        (["--variant", "reglu"], "leads to the gates"),
+    ],
+)
+def test_refusals_are_one_line_and_write_nothing(base, tmp_path, monkeypatch, capsys, words, message):
+    code, _, err = _run(monkeypatch, capsys, "convert", base, tmp_path / "out", *words)
+    assert code == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
+    code, _, err = _run(monkeypatch, capsys, "plan", tmp_path / "nowhere")
+    assert code == 2
+    assert "nowhere" in err
+
+
+def test_help_lists_the_commands():
+    result = runner.invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("plan", "convert", "finetune", "demo"):
+        assert command in result.stdout
+
+
+def test_finetune_hands_its_flags_on(monkeypatch, capsys, tmp_path):
+    code, _, err = _run(
+        monkeypatch,
+        capsys,
+        "finetune",
+        "clm",
+        "--model-name-or-path",
+        "x",
+        "--output-dir",
+        tmp_path / "o",
+        "--max-stepz",
+        "3",
+    )
+    assert code == 2
+    assert "max_steps" in err

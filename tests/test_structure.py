@@ -1,0 +1,96 @@
+"""The shape of the code: imports go one way, the public names are as promised, the file that travels needs nothing of
+ours."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_geglu
+
+PACKAGE = Path(hf_geglu.__file__).parent
+
+# Lowest first; names on one line may not import each other, folders count as one.
+LAYERS = [
+    ["modeling_geglu"],
+    ["errors"],
+    ["auto", "variants", "functional", "width"],
+    ["sites", "skeleton"],
+    ["selection", "conversions"],
+    ["native"],
+    ["plan"],
+    ["surgery"],
+    ["inputs"],
+    ["distance"],
+    ["verify"],
+    ["converting", "config"],
+    ["hub"],
+    ["training"],
+    ["demo"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hf_geglu"):
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hf_geglu."))
+
+
+def _room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    room = _room(path)
+    assert room in RANK, f"{room} has no place in LAYERS"
+    for target in _imports(path):
+        if target != room and target in RANK:
+            assert RANK[target] < RANK[room], f"{room} imports {target}, which stands above it"
+
+
+def test_the_file_that_travels_needs_torch_and_transformers_only():
+    tree = ast.parse((PACKAGE / "modeling_geglu.py").read_text(encoding="utf-8"))
+    roots = {
+        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    roots |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_public_names():
+    assert set(hf_geglu.__all__) <= set(dir(hf_geglu))
+    for name in hf_geglu.__all__:
+        value = getattr(hf_geglu, name)
+        assert name == "VARIANTS" or value.__doc__
+        assert not isinstance(value, type(ast))  # a function or class, not the module that happens to bear its name
+    with pytest.raises(AttributeError):
+        _ = hf_geglu.nonsense
+
+
+def test_import_is_lean():
+    """Registration must not pull in what only conversions need; and importing twice does nothing."""
+    code = (
+        "import sys, hf_geglu, importlib; importlib.reload(hf_geglu)\n"
+        "heavy = ['hf_geglu.plan', 'hf_geglu.sites', 'transformers.modeling_utils', 'datasets', 'typer']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_floors_agree():
+    """pyproject's lowest transformers is the one that constraints-floor.txt proves."""
+    root = PACKAGE.parent
+    assert '"transformers>=4.57"' in (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert "transformers==4.57" in (root / "constraints-floor.txt").read_text(encoding="utf-8")
