@@ -74,8 +74,8 @@ class PackedGLU(nn.Module):
             )
         gate, value = packed.chunk(2, dim=-1)
         if gate.device.type == "cpu":
-            # float32 GELU there is computed by oneDNN where memory is contiguous and by ATen where it is not, 5e-7 apart:
-            # without the copy an exact conversion would differ from its original
+            # there float32 GELU is oneDNN's where memory is contiguous and ATen's where it is not, 5e-7 apart: without
+            # the copy an exact conversion would differ from its original
             gate = gate.contiguous()
         activated: torch.Tensor = self.activation(gate)
         return activated * value
