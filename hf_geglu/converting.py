@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hf_geglu.distance import Comparison, Outputs, cast, comparison, evaluating, is_causal, outputs_of
+from hf_geglu.distance import Comparison, Outputs, cast, comparison, is_causal, outputs_of
 from hf_geglu.errors import PlanError
 from hf_geglu.inputs import Inputs, synthetic_inputs
+from hf_geglu.modes import evaluating
 from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.selection import Layers
 from hf_geglu.surgery import apply, revert

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from hf_geglu.errors import VerificationError
 from hf_geglu.inputs import Inputs
+from hf_geglu.modes import evaluating
 
 Outputs = dict[str, torch.Tensor]
 
@@ -175,18 +175,6 @@ def _merge(one: Comparison, other: Comparison) -> Comparison:
         delta_nll=mean(one.delta_nll, other.delta_nll),
         tokens=tokens,
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and afterwards every module in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def cast(inputs: Inputs, model: nn.Module) -> dict[str, Any]:

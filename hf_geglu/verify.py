@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from hf_geglu.conversions import Scaling
-from hf_geglu.distance import Comparison, Outputs, comparison, evaluating, outputs_of
+from hf_geglu.distance import Comparison, Outputs, comparison, outputs_of
 from hf_geglu.errors import VerificationError
 from hf_geglu.functional import split_packed
 from hf_geglu.inputs import Inputs
+from hf_geglu.modes import evaluating
 from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.sites import Site
 from hf_geglu.surgery import Undo

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hf_geglu.distance import evaluating, outputs_of
+from hf_geglu.distance import outputs_of
 from hf_geglu.inputs import synthetic_inputs
+from hf_geglu.modes import evaluating
 
 _READ = """
 import json, sys, warnings
@@ -26,7 +27,7 @@ if any(job["how"] == "plugin" for job in jobs):
 results = []
 for job in jobs:
     tensors = load_file(job["expected"])
-    kwargs = {"trust_remote_code": True} if job["how"] == "remote" else {}
+    kwargs = {"dtype": "auto"} | ({"trust_remote_code": True} if job["how"] == "remote" else {})
     model, info = getattr(transformers, job["auto"]).from_pretrained(job["folder"], output_loading_info=True, **kwargs)
     inputs = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("in.")}
     with torch.no_grad():

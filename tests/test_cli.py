@@ -90,17 +90,7 @@ def test_help_lists_the_commands():
 
 
 def test_finetune_hands_its_flags_on(monkeypatch, capsys, tmp_path):
-    code, _, err = _run(
-        monkeypatch,
-        capsys,
-        "finetune",
-        "clm",
-        "--model-name-or-path",
-        "x",
-        "--output-dir",
-        tmp_path / "o",
-        "--max-stepz",
-        "3",
-    )
+    words = ["--model-name-or-path", "x", "--output-dir", tmp_path / "o", "--train-file", "x.txt", "--max-stepz", "3"]
+    code, _, err = _run(monkeypatch, capsys, "finetune", "clm", *words)
     assert code == 2
     assert "max_steps" in err

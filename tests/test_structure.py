@@ -16,7 +16,7 @@ PACKAGE = Path(hf_geglu.__file__).parent
 LAYERS = [
     ["modeling_geglu"],
     ["errors"],
-    ["auto", "variants", "functional", "width"],
+    ["auto", "variants", "functional", "width", "modes"],
     ["sites", "skeleton"],
     ["selection", "conversions"],
     ["native"],

@@ -25,9 +25,10 @@ from hf_geglu.demo.naive import naive_swap
 from hf_geglu.demo.picture import loss_curves
 from hf_geglu.demo.text import stdlib_corpus
 from hf_geglu.demo.weights import smollm2_folder
-from hf_geglu.distance import compare, evaluating
+from hf_geglu.distance import compare
 from hf_geglu.errors import HfGegluError
 from hf_geglu.hub import check_output, load, load_processor, whole_folder
+from hf_geglu.modes import evaluating
 from hf_geglu.plan import make_plan
 from hf_geglu.skeleton import architecture
 from hf_geglu.surgery import forget_original

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_geglu.errors import DataError
+from hf_geglu.modes import evaluating
 from hf_geglu.training.batches import MapBlocks, eval_batches
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 
@@ -76,18 +77,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             text_config.use_cache = before
 
 
-@contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode for a while; afterwards each module is in the mode it was in."""
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-
-
 def evaluate(
     model: nn.Module,
     blocks: MapBlocks,
@@ -115,7 +104,7 @@ def evaluate(
     device = accelerator.device if accelerator else next(model.parameters()).device
     sums: list[Tensor] = []
     tokens = 0
-    with torch.no_grad(), without_cache(model), in_mode(model, training=False):
+    with torch.no_grad(), without_cache(model), evaluating(model):
         for batch in eval_batches(
             blocks, objective, batch_size=batch_size, seed=EVAL_SEED, processes=processes, process=process
         ):

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from hf_geglu.errors import ConfigurationError, TrainingError
+from hf_geglu.modes import in_mode
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, Progress, TrainingState, fingerprint
-from hf_geglu.training.evaluation import evaluate, in_mode, summed_nll, to_device, without_cache
+from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult

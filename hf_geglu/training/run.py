@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.errors import ConfigurationError, DataError
+from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
+from hf_geglu.hub import load
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
 from hf_geglu.training.corpus import Corpus, load_corpus
@@ -294,7 +295,8 @@ def _load_model(settings: ModelSettings, task: Task, dtype: str) -> nn.Module:
     kind = AutoModelForCausalLM if task == "clm" else AutoModelForMaskedLM
     more = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
     with _readable(settings.model_name_or_path, "a causal model" if task == "clm" else "a masked language model"):
-        model: nn.Module = kind.from_pretrained(
+        model: nn.Module = load(
+            kind,
             settings.model_name_or_path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             **_source(settings),
@@ -308,6 +310,8 @@ def _readable(name: str, expected: str = "a model") -> Iterator[None]:
     """Turn what Transformers raises about a model that it cannot find or take into one of our errors."""
     try:
         yield
+    except HfGegluError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigurationError(
