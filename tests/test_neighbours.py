@@ -18,7 +18,7 @@ def test_lora_finds_the_packed_projections_by_their_old_names(tmp_path):
     assert torch.equal(wrapped(ids).logits, before)
     wrapped(ids).logits.sum().backward()
     lora = [parameter for name, parameter in wrapped.named_parameters() if "lora_B" in name]
-    assert [tuple(parameter.shape)[0] for parameter in lora] == [2 * 40, 2 * 40]
+    assert [parameter.size(0) for parameter in lora] == [2 * 40, 2 * 40]
     assert all(parameter.grad.abs().max() > 0 for parameter in lora)
     with torch.no_grad():
         for parameter in lora:
