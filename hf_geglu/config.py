@@ -112,18 +112,22 @@ def _with_width(config: Any, model: nn.Module, width: Literal["same", "matched"]
             wanted[site.width] = width
     if all(old == new for old, new in wanted.items()):
         return config
+    tried: list[str] = []
     for changes in _width_changes(config, wanted):
+        shown = ", ".join(f"{key}={value}" for key, value in changes.items())
         try:
             changed = changed_config(config, changes)
             observed = [site.width for site in find_sites(_on_meta(changed)).sites]
-        except Exception:  # an entry of that value that means something else: not the one that is looked for
+        except Exception as error:  # an entry of that value that means something else; any class refuses in its own way
+            tried.append(f"{shown} cannot be built ({error})")
             continue
         if observed == [wanted[site.width] for site in sites]:
             return changed
+        tried.append(f"{shown} gives the widths {sorted(set(observed))}")
     raise PlanError(
         f"no entry of {type(config).__name__} sets the intermediate sizes {sorted(wanted)} to "
-        f"{[wanted[w] for w in sorted(wanted)]}; "
-        "set them in the config yourself and call geglu_config with width='same'"
+        f"{[wanted[old] for old in sorted(wanted)]}; tried: {'; '.join(tried) or 'none has that value'}. "
+        "Set them in the config yourself and call geglu_config with width='same'"
     )
 
 

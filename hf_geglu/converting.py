@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -117,18 +117,9 @@ def _dtypes(own: torch.dtype) -> tuple[torch.dtype, ...]:
 
 def _run(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> Outputs:
     if next(model.parameters()).dtype != dtype:
-        model = _copy(model, dtype)
+        model = copy.deepcopy(model).to(dtype)
     with evaluating(model), torch.no_grad():
         return outputs_of(model, cast(inputs, model))
-
-
-def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in another dtype, without the originals that the conversion keeps on the model."""
-    memo: dict[int, Any] = {}
-    for name, value in model.__dict__.items():
-        if name == "_hf_geglu_undo":
-            memo[id(value)] = None
-    return copy.deepcopy(model, memo).to(dtype)
 
 
 def _compare_run(model: nn.Module, dtype: torch.dtype, before: Outputs, inputs: Inputs) -> Comparison:

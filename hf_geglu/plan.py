@@ -328,12 +328,19 @@ def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[T
     converted = [plan for plan in plans if plan.conversion != "keep"]
     if not converted:
         return "native", "every selected block is what was asked for already", {}
+    changes: dict[str, str] = {}
     dense = [plan.site for plan in converted if plan.conversion == "expand"]
     if dense:
-        return "portable", f"{type(model).__name__} has no gated block of its own at {dense[0].up}", {}
-    wanted = {plan.site.up: plan.scaling.gate for plan in plans}
-    changes, reason = native_config_change(model, found, wanted)
-    return ("native" if changes else "portable"), reason, changes
+        reason = f"{type(model).__name__} has no gated block of its own at {dense[0].up}"
+    else:
+        wanted = {plan.site.up: plan.scaling.gate for plan in plans}
+        changes, reason = native_config_change(model, found, wanted)
+    if changes:
+        return "native", reason, changes
+    if not type(model).__module__.startswith("transformers."):
+        own = f"{type(model).__name__} is not a class of transformers, so a loader could not build its variant"
+        return "in-memory", f"{reason}; {own}", {}
+    return "portable", reason, {}
 
 
 def _lines(plan: Plan) -> list[str]:

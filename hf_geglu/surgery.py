@@ -48,6 +48,10 @@ class Undo:
     originals: dict[str, Any] = field(default_factory=dict)
     installed: dict[str, tuple[bool, str]] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copied or pickled model comes without its originals: the steps would undo this one, not the copy."""
+        return type(None), ()
+
     def roll_back(self) -> None:
         """Undo every step, the last one first."""
         while self.steps:
@@ -124,11 +128,16 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 model.get_submodule(path)
             except AttributeError as error:
                 raise PlanError(f"the plan names {path!r}, which this model does not have; make a new plan") from error
+            if hasattr(model.get_submodule(path), "_hf_hook"):
+                raise SurgeryError(
+                    f"{path} is dispatched by accelerate (device_map), which runs the module it was loaded with; "
+                    "load without device_map, convert, save, and load the variant with device_map"
+                )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise SurgeryError(
-                f"{name} is on the meta device and has no weights; load them first (offloaded models: load without "
-                "device_map, or with one that keeps every module in memory)"
+                f"{name} is on the meta device and has no weights; load them first (where they are offloaded: load "
+                "without device_map)"
             )
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise WeightsError(
@@ -225,6 +234,7 @@ def _replace_parameter(model: nn.Module, module_path: str, name: str, new: torch
 def _declare(model: nn.Module, plan: Plan, undo: Undo) -> None:
     """Make the model say what it is: its config, and for the portable tier its class."""
     if plan.tier == "in-memory":
+        _forbid_saving(model, plan, undo)
         return
     old_config: Any = model.config
     memo: dict[int, Any] = {}
@@ -238,6 +248,18 @@ def _declare(model: nn.Module, plan: Plan, undo: Undo) -> None:
         undo.steps.append(lambda: setattr(model, "__class__", base_class))
         model.__class__ = variant_model_class(base_class, base_config)
     _share_config(model, memo, undo)
+
+
+def _forbid_saving(model: nn.Module, plan: Plan, undo: Undo) -> None:
+    """What no config describes would be saved as if it were the base model, and might even load."""
+    if not hasattr(model, "save_pretrained"):
+        return
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SurgeryError(f"this conversion cannot be saved: {plan.tier_reason}")
+
+    undo.steps.append(lambda: delattr(model, "save_pretrained"))
+    object.__setattr__(model, "save_pretrained", refuse)
 
 
 def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], plan: Plan) -> None:

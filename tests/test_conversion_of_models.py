@@ -221,6 +221,48 @@ def test_forget_original_gives_up_revert():
         hf_geglu.revert(model)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_comes_without_the_originals(how):
+    import io
+
+    model = tiny("bert")
+    hf_geglu.convert(model)
+    before = _snapshot(model)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    with pytest.raises(SurgeryError, match="nothing to put back"):
+        hf_geglu.revert(other)
+    _same(_snapshot(model), before)
+
+
+def test_a_class_of_ones_own_is_converted_but_not_saved_wrongly(tmp_path):
+    base = tiny("bert")
+
+    class MyBert(type(base)):
+        pass
+
+    model = MyBert(base.config).eval()
+    report = hf_geglu.convert(model)
+    assert report.tier == "in-memory"
+    with pytest.raises(SurgeryError, match="not a class of transformers"):
+        model.save_pretrained(tmp_path)
+    hf_geglu.revert(model)
+    model.save_pretrained(tmp_path)
+
+
+def test_dispatched_modules_are_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("bert")
+    accelerate.hooks.add_hook_to_module(model.bert.encoder.layer[0].intermediate.dense, accelerate.hooks.ModelHook())
+    with pytest.raises(SurgeryError, match="dispatched by accelerate"):
+        hf_geglu.convert(model)
+
+
 def test_plain_module():
     class Block(nn.Module):
         def __init__(self):
