@@ -65,14 +65,17 @@ def native_config_change(model: nn.Module, found: FoundSites, wanted: Mapping[st
     attempts = [changes] + [{k: v for k, v in changes.items() if k.rpartition(".")[0] == tower} for tower in towers]
     problem = ""
     for attempt in attempts if len(towers) > 1 else [changes]:
-        problem = _observed_difference(model, attempt, expected)
+        problem = _observed_difference(model, attempt, expected, found)
         if not problem:
             return attempt, f"{type(model).__name__} takes it from its config"
     return {}, problem
 
 
-def _observed_difference(model: nn.Module, changes: Mapping[str, str], expected: Mapping[str, str]) -> str:
-    """Empty where a model built from the changed config has exactly the `expected` activations, else what differs."""
+def _observed_difference(
+    model: nn.Module, changes: Mapping[str, str], expected: Mapping[str, str], found: FoundSites
+) -> str:
+            return f"with {shown} {type(model).__name__} has {observed.get(path)!r} at {path}, not {activation!r}"
+    else what differs."""
     shown = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     config: Any = model.config
     try:
@@ -83,6 +86,12 @@ def _observed_difference(model: nn.Module, changes: Mapping[str, str], expected:
     for path, activation in expected.items():
         if observed.get(path) != activation:
             return f"with {shown} {type(model).__name__} computes {observed.get(path)!r} at {path}, not {activation!r}"
+    # the same entry may govern what is no site: routed experts, a head
+    activations = {site.activation_path for site in found.sites}
+    others = dict(twin.named_modules())
+    for path, module in model.named_modules():
+        if path not in activations and type(module) is not type(others.get(path)):
+            return f"{shown} would change {path} too, which the plan leaves as it is"
     return ""
 
 

@@ -194,6 +194,36 @@ def test_partly_converted_gated_model_is_portable():
     assert "not 'silu'" in plan.tier_reason
 
 
+def test_a_config_entry_that_governs_more_than_the_sites_is_not_native(tmp_path):
+    """Qwen2-MoE: `hidden_act` is also that of the routed experts, which stay SiLU."""
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+    )
+    model = Qwen2MoeForCausalLM(config).eval()
+    plan = hf_geglu.make_plan(model)
+    if BEFORE_5:  # experts are a list of ordinary modules there, and are sites like any other
+        assert plan.tier == "native"
+        return
+    assert plan.tier == "portable"
+    assert "would change" in plan.tier_reason
+    hf_geglu.convert(model, plan)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_what_is_there_already_is_left_alone():
     model = tiny("modernbert")
     before = _snapshot(model)

@@ -117,21 +117,28 @@ def run_demo(
     console.rule("how far from the original")
     divergence = {}
     for label, each in (("naive swap", naive), ("hf_geglu, step 0", variant)):
-        divergence[label] = material.divergence(original, each)
+        with console.status(f"{label}: running both models on {material.kl_blocks} blocks"):
+            divergence[label] = material.divergence(original, each)
         console.print(f"{label}: KL {divergence[label]:.5f} nats a token", highlight=False)
-    naive_nll = evaluate(naive, material.held_out, objective=material.objective, batch_size=BATCH).nll
+    with console.status("naive swap: held-out text"):
+        naive_nll = evaluate(naive, material.held_out, objective=material.objective, batch_size=BATCH).nll
     del naive
 
     console.rule(f"fine-tune: {steps} steps on the same batches")
     control = copy.deepcopy(original)
     trained = _train(variant, material, steps, "variant", console)
     controlled = _train(control, material, steps, "control", console)
+    with console.status("how far the two trained models are from the original"):
+        divergence |= {
+            "variant": material.divergence(original, variant),
+            "control": material.divergence(original, control),
+        }
     rows = (
         Row("original", controlled.evals[0].nll, None),
         Row("naive swap", naive_nll, divergence["naive swap"]),
         Row("hf_geglu, step 0", trained.evals[0].nll, divergence["hf_geglu, step 0"]),
-        Row(f"hf_geglu, step {steps}", trained.evals[-1].nll, material.divergence(original, variant)),
-        Row(f"control, step {steps}", controlled.evals[-1].nll, material.divergence(original, control)),
+        Row(f"hf_geglu, step {steps}", trained.evals[-1].nll, divergence["variant"]),
+        Row(f"control, step {steps}", controlled.evals[-1].nll, divergence["control"]),
     )
 
     with whole_folder(output_dir, overwrite=overwrite) as draft:
