@@ -74,8 +74,8 @@ def native_config_change(model: nn.Module, found: FoundSites, wanted: Mapping[st
 def _observed_difference(
     model: nn.Module, changes: Mapping[str, str], expected: Mapping[str, str], found: FoundSites
 ) -> str:
-            return f"with {shown} {type(model).__name__} has {observed.get(path)!r} at {path}, not {activation!r}"
-    else what differs."""
+    """Empty where a model built from the changed config has exactly the `expected` activations and is the same model
+    otherwise, else what differs."""
     shown = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     config: Any = model.config
     try:
