@@ -16,7 +16,7 @@ PACKAGE = Path(hf_geglu.__file__).parent
 LAYERS = [
     ["modeling_geglu"],
     ["errors"],
-    ["auto", "variants", "functional", "width", "modes"],
+    ["auto", "variants", "functional", "width", "modes", "fingerprint"],
     ["sites", "skeleton"],
     ["selection", "conversions"],
     ["native"],
