@@ -8,8 +8,8 @@ Three digests, from what may change without harm to what may not:
 * `values`: sampled values, rounded to bfloat16: the same for one checkpoint loaded in float32 or in bfloat16.
 * `exact`: the same samples bit for bit, with their dtype.
 
-Sampled, not hashed in full: at most `SAMPLES` elements a tensor cost milliseconds where 14 GB of SHA-256 cost 6 to 35 s,
-and training, merging and converting move nearly every element. A forger is not who this is for; the SHA-256 of every
+Sampled, not hashed in full: `SAMPLES` elements a tensor cost milliseconds where 14 GB of SHA-256 cost 6 to 35 s, and
+training, merging and converting move nearly every element. A forger is not who this is for; the SHA-256 of every
 weights file is in the manifest.
 """
 
