@@ -16,9 +16,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from hf_geglu.auto import auto_map, registered_config_class
-from hf_geglu.conversions import Scaling, expand, retarget
+from hf_geglu.conversions import rewrites
 from hf_geglu.errors import PlanError, SurgeryError, WeightsError
-from hf_geglu.functional import split_packed
 from hf_geglu.modeling_geglu import (
     SCHEMA,
     TRIPWIRE,
@@ -32,19 +31,21 @@ from hf_geglu.modeling_geglu import (
 )
 from hf_geglu.native import activation_keys
 from hf_geglu.plan import Plan, SitePlan
-from hf_geglu.sites import Site
+from hf_geglu.sites.weights import is_stack, parameters_of, weight_name
 
 _UNDO = "_hf_geglu_undo"
 
 
 @dataclass(slots=True)
 class Undo:
-    """How to put a model back, and the original modules of its sites (by `up` and `gate` path) for the verification."""
+    """How to put a model back, and what its sites were made of before, for the verification."""
 
     plan: Plan
     steps: list[Callable[[], None]] = field(default_factory=list)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter | None] = field(default_factory=dict)
+    """The original of every parameter that changed, by name; None for one that was not there."""
     activations: dict[str, Any] = field(default_factory=dict)
+    """The original activation of every site, by its `up`."""
     originals: dict[str, Any] = field(default_factory=dict)
     installed: dict[str, tuple[bool, str]] = field(default_factory=dict)
 
@@ -75,8 +76,8 @@ def apply(model: nn.Module, plan: Plan) -> Undo:
     undo = Undo(plan=plan)
     try:
         for entry in plan.converted:
-            install = _expand_site if entry.conversion == "expand" else _retarget_site
-            install(model, entry, undo)
+            _rewrite_parameters(model, entry, undo)
+            _replace_activation(model, entry, undo)
         if plan.converted:
             _declare(model, plan, undo)
     except BaseException:
@@ -146,46 +147,22 @@ def _check(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _expand_site(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
+def _rewrite_parameters(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
+    """New parameters for one site, each computed by its pure function."""
     site = entry.site
-    up = model.get_submodule(site.up)
-    assert isinstance(up.weight, torch.Tensor)
-    packed = widen(up, site.width)
-    weight, bias = expand(up.weight, _bias(up), entry.scaling, transposed=site.projection == "conv1d")
-    packed.weight = nn.Parameter(weight, requires_grad=up.weight.requires_grad)
-    packed.bias = nn.Parameter(bias, requires_grad=up.weight.requires_grad)
-    _replace(model, site.up, packed, undo)
-    undo.modules[site.up] = up
-    _replace_activation(model, entry, undo)
-
-
-def _retarget_site(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
-    site, scaling = entry.site, entry.scaling
-    if site.layout == "separate":
-        for path, branch in ((site.gate, "gate"), (site.up, "value")):
-            for name, parameter in list(model.get_submodule(path).named_parameters(recurse=False)):
-                _replace_parameter(model, path, name, retarget(parameter, branch, scaling), undo)  # type: ignore[arg-type]
-    else:
-        for name, parameter in list(model.get_submodule(site.up).named_parameters(recurse=False)):
-            _replace_parameter(model, site.up, name, _retarget_packed(parameter, site, scaling), undo)
-    _replace_activation(model, entry, undo)
-
-
-def _retarget_packed(parameter: torch.Tensor, site: Site, scaling: Scaling) -> torch.Tensor:
-    """Both branches live in one parameter; outputs are its first dimension, or its last one for Conv1D weights."""
-    assert site.layout == "packed" or site.layout == "interleaved"
-    assert site.gate_half is not None
-    result = parameter.detach().clone()
-    outputs_last = result.T if result.dim() == 2 and site.projection == "linear" else result
-    gate, value = split_packed(outputs_last, site.layout, site.gate_half)
-    gate.copy_(retarget(gate, "gate", scaling))
-    value.copy_(retarget(value, "value", scaling))
-    return result
-
-
-def _bias(projection: nn.Module) -> torch.Tensor | None:
-    bias = getattr(projection, "bias", None)
-    return bias if isinstance(bias, torch.Tensor) else None
+    parameters = parameters_of(model, site)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    changes = rewrites(site, entry.scaling, shapes)
+    if entry.conversion == "expand" and not is_stack(site.projection):
+        up = model.get_submodule(site.up)
+        _replace(model, site.up, widen(up, site.width), undo)
+    weight = parameters[weight_name(site.up, site.projection)]
+    for change in changes:
+        old = parameters.get(change.name)
+        given = weight.new_zeros(change.old_shape) if old is None else old.detach()
+        new = nn.Parameter(change.function(given), requires_grad=(weight if old is None else old).requires_grad)
+        undo.parameters[change.name] = old
+        _replace(model, change.name, new, undo)
 
 
 def _replace_activation(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
@@ -217,18 +194,6 @@ def _replace(model: nn.Module, path: str, new: Any, undo: Undo) -> None:
     old = get_attribute(model, path)
     undo.steps.append(lambda: set_attribute(model, path, old))
     set_attribute(model, path, new)
-
-
-def _replace_parameter(model: nn.Module, module_path: str, name: str, new: torch.Tensor, undo: Undo) -> None:
-    """A new Parameter rather than new values in the old one: the old one is what `revert` puts back."""
-    module = model.get_submodule(module_path)
-    old = getattr(module, name)
-    kept = undo.modules.get(module_path)
-    if kept is None:
-        kept = undo.modules[module_path] = copy.copy(module)
-        kept._parameters = dict(module._parameters)
-    undo.steps.append(lambda: setattr(module, name, old))
-    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
 def _declare(model: nn.Module, plan: Plan, undo: Undo) -> None:

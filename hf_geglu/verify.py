@@ -9,13 +9,14 @@ Three levels, each catching what the others cannot:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_geglu.conversions import Scaling
+from hf_geglu.conversions import Scaling, value_offset
 from hf_geglu.distance import Comparison, Outputs, comparison, outputs_of
 from hf_geglu.errors import VerificationError
 from hf_geglu.functional import split_packed
@@ -23,6 +24,7 @@ from hf_geglu.inputs import Inputs
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.sites import Site
+from hf_geglu.sites.weights import bias_name, entries, is_stack, output_dim, parameters_of, rows, weight_name
 from hf_geglu.surgery import Undo
 
 NEURONS, VECTORS = 512, 64
@@ -121,8 +123,10 @@ def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.
     site, scaling = entry.site, entry.scaling
     neurons = torch.randperm(site.width, generator=generator)[:NEURONS]
     x_D = torch.randn((VECTORS, site.d_in), generator=generator, dtype=torch.float64)
-    old_gate, old_value = _branches(undo.modules, site, neurons, dense=not site.gated)
-    new_gate, new_value = _branches(dict(model.named_modules()), site, neurons, dense=False, packed=not site.gated)
+    now: Parameters = dict(parameters_of(model, site))
+    experts = torch.randint(_experts(now, site), neurons.shape, generator=generator)
+    old_gate, old_value = _branches({**now, **undo.parameters}, site, neurons, experts, dense=not site.gated)
+    new_gate, new_value = _branches(now, site, neurons, experts, dense=False, packed=not site.gated)
     assert new_value is not None
     # pre-activations of a few units, where the activations differ from their asymptotes
     x_D = x_D * (2.0 / _apply(x_D, old_gate).std().clamp_min(1e-30))
@@ -130,7 +134,7 @@ def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.
     act_before, act_after = undo.activations[site.up], _installed_gate(model, entry)
     z, value = _apply(x_D, old_gate), 1.0 if old_value is None else _apply(x_D, old_value) + site.value_offset
     before = act_before(z) * value
-    after = act_after(_apply(x_D, new_gate)) * (_apply(x_D, new_value) + site.value_offset)
+    after = act_after(_apply(x_D, new_gate)) * (_apply(x_D, new_value) + value_offset(site, scaling))
 
     difference = (after - before).abs()
     allowed = _allowed(x_D, old_gate, old_value, before, value, scaling, _dtype(model, site))
@@ -168,26 +172,42 @@ def _allowed(
     return scaling.max_error * size + 2 * eps * rounding + 1e-12 * hidden.abs()
 
 
+Parameters = Mapping[str, nn.Parameter | None]
+
+
+def _experts(parameters: Parameters, site: Site) -> int:
+    """How many experts the projections of a site hold; 1 where they are no stack."""
+    weight = parameters[weight_name(site.up, site.projection)]
+    assert weight is not None
+    return weight.shape[0] if is_stack(site.projection) else 1
+
+
 def _branches(
-    modules: dict[str, nn.Module], site: Site, neurons: torch.Tensor, *, dense: bool, packed: bool = False
+    parameters: Parameters,
+    site: Site,
+    neurons: torch.Tensor,
+    experts: torch.Tensor,
+    *,
+    dense: bool,
+    packed: bool = False,
 ) -> tuple[Branch, Branch | None]:
     """(gate, value) as float64 (weight (n, D), bias (n,)) for those neurons; no value for a dense block."""
     if dense or site.layout == "separate":
-        gate = _rows(modules[site.gate], site, neurons)
-        return gate, None if dense else _rows(modules[site.up], site, neurons)
+        gate = _rows(parameters, site.gate, site, neurons, experts)
+        return gate, None if dense else _rows(parameters, site.up, site, neurons, experts)
     layout, half = ("packed", "first") if packed else (site.layout, site.gate_half)
     order = split_packed(torch.arange(2 * site.width), layout, half)  # type: ignore[arg-type]
-    gate, value = (_rows(modules[site.up], site, rows[neurons]) for rows in order)
+    gate, value = (_rows(parameters, site.up, site, outputs[neurons], experts) for outputs in order)
     return gate, value
 
 
-def _rows(projection: nn.Module, site: Site, rows: torch.Tensor) -> Branch:
-    weight, bias = projection.weight, getattr(projection, "bias", None)
-    assert isinstance(weight, torch.Tensor)
-    rows = rows.to(weight.device)
-    taken = weight.detach()[rows] if site.projection == "linear" else weight.detach()[:, rows].T
-    wide = taken.to("cpu", torch.float64)
-    return wide, None if bias is None else bias.detach()[rows].to("cpu", torch.float64)
+def _rows(parameters: Parameters, path: str, site: Site, outputs: torch.Tensor, experts: torch.Tensor) -> Branch:
+    weight = parameters[weight_name(path, site.projection)]
+    bias = parameters.get(bias_name(path, site.projection))
+    assert weight is not None
+    where = outputs.to(weight.device), experts.to(weight.device)
+    wide = rows(weight.detach(), site.projection, *where).to("cpu", torch.float64)
+    return wide, None if bias is None else entries(bias.detach(), *where).to("cpu", torch.float64)
 
 
 def _apply(x_D: torch.Tensor, branch: Branch) -> torch.Tensor:
@@ -203,9 +223,7 @@ def _installed_gate(model: nn.Module, entry: SitePlan) -> Any:
 
 
 def _dtype(model: nn.Module, site: Site) -> torch.dtype:
-    weight = model.get_submodule(site.up).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.dtype
+    return model.get_parameter(weight_name(site.up, site.projection)).dtype
 
 
 def check_exactness(plan: Plan, comparisons: tuple[Comparison, ...], noise: dict[str, float]) -> None:
@@ -250,8 +268,8 @@ def check_values(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[tuple[Va
         for parameter, flag in zip(parameters, required, strict=True):
             parameter.requires_grad_(flag)
     values = tuple(
-        ValueBranch(path=path, gradient=None if gradient is None else _norm(gradient, rows))
-        for (path, (_, rows)), gradient in zip(branches.items(), gradients, strict=True)
+        ValueBranch(path=path, gradient=None if gradient is None else _norm(gradient, mask))
+        for (path, (_, mask)), gradient in zip(branches.items(), gradients, strict=True)
     )
     reached = [value for value in values if value.gradient is not None]
     if reached and not any(value.gradient for value in reached):
@@ -265,25 +283,21 @@ def check_values(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[tuple[Va
 
 
 def _value_parameter(model: nn.Module, entry: SitePlan) -> tuple[nn.Parameter, torch.Tensor | None]:
-    """The weight that holds the value branch, and which of its outputs that is (None: all)."""
+    """The weight that holds the value branch, and a mask over it of which of its outputs that is (None: all)."""
     site = entry.site
-    weight = model.get_submodule(site.up).weight
-    assert isinstance(weight, nn.Parameter)
+    weight = model.get_parameter(weight_name(site.up, site.projection))
     if site.layout == "separate":
         return weight, None
     layout, half = (site.layout, site.gate_half) if site.gated else ("packed", "first")
-    _, rows = split_packed(torch.arange(2 * site.width), layout, half)  # type: ignore[arg-type]
-    return weight, rows if site.projection == "linear" else rows[None, :]
+    _, outputs = split_packed(torch.arange(2 * site.width), layout, half)  # type: ignore[arg-type]
+    dim = output_dim(site.projection)
+    mask_O = torch.zeros(2 * site.width, dtype=torch.bool, device=weight.device)
+    mask_O[outputs.to(weight.device)] = True
+    return weight, mask_O.view([-1 if each == dim else 1 for each in range(weight.dim())])
 
 
-def _select(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    if rows is None:
-        return tensor
-    return tensor[:, rows[0]] if rows.dim() == 2 else tensor[rows]
-
-
-def _norm(gradient: torch.Tensor, rows: torch.Tensor | None) -> float:
-    return float(_select(gradient, rows).float().norm())
+def _norm(gradient: torch.Tensor, mask: torch.Tensor | None) -> float:
+    return float((gradient if mask is None else gradient * mask).float().norm())
 
 
 def _response(
@@ -302,15 +316,11 @@ def _response(
     generator = torch.Generator().manual_seed(1)
     try:
         with torch.no_grad():
-            for entry, (parameter, rows) in zip(plan.converted, branches, strict=True):
+            for entry, (parameter, mask) in zip(plan.converted, branches, strict=True):
                 wide, scaling = parameter.detach().float(), entry.scaling
                 scale = 1.0 if entry.site.gated else (scaling.beta or scaling.alpha) / scaling.a
                 step = torch.randn(wide.shape, generator=generator).to(wide.device) * wide.std() * 0.1 * scale
-                if rows is not None:
-                    mask = torch.zeros_like(step)
-                    mask[(slice(None), rows[0]) if rows.dim() == 2 else rows] = 1.0
-                    step = step * mask
-                parameter.copy_(wide + step)
+                parameter.copy_(wide + (step if mask is None else step * mask))
         with evaluating(model), torch.no_grad():
             after = outputs_of(model, inputs)
     finally:

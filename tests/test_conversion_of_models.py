@@ -369,7 +369,7 @@ def test_tied_projection_is_refused_with_the_reason():
     _refused(model, ConversionError, "is tied to")
 
 
-@pytest.mark.parametrize("at", ["_expand_site", "_declare", "check"])
+@pytest.mark.parametrize("at", ["_rewrite_parameters", "_declare", "check"])
 def test_an_error_half_way_leaves_the_original(monkeypatch, at):
     model = tiny("bert")
     if at == "check":
@@ -395,13 +395,12 @@ def test_an_error_half_way_leaves_the_original(monkeypatch, at):
 
 def test_an_exact_plan_that_is_not_exact_is_caught(monkeypatch):
     """A wrong formula in the surgery: the value branch starts at 1.001 instead of 1."""
-    from hf_geglu.conversions import expand
+    from hf_geglu.conversions import expand, rewrite
 
-    def wrong(weight, bias, scaling, **options):
-        weight, bias = expand(weight, bias, scaling, **options)
-        return weight, torch.where(bias == 1, 1.001, bias)
+    def wrong(parameter, scaling, *, constant=0.0, dim=0):
+        return expand(parameter, scaling, constant=1.001 * constant, dim=dim)
 
-    monkeypatch.setattr(surgery, "expand", wrong)
+    monkeypatch.setattr(rewrite, "expand", wrong)
     _refused(tiny("bert"), VerificationError, "planned to be exact")
 
 

@@ -81,7 +81,8 @@ def test_expand_is_the_line_it_folds(row, d, f, bias, transposed, seed):
     weight = torch.randn(f, d, generator=g, dtype=torch.float64)
     b = torch.randn(f, generator=g, dtype=torch.float64) if bias else None
     x = torch.randn(4, d, generator=g, dtype=torch.float64)
-    packed, packed_bias = expand(weight.T if transposed else weight, b, row, transposed=transposed)
+    packed = expand(weight.T if transposed else weight, row, dim=int(transposed))
+    packed_bias = expand(torch.zeros(f, dtype=torch.float64) if b is None else b, row, constant=row.beta)
     hidden = torch.nn.functional.linear(x, packed.T if transposed else packed, packed_bias)
     gate, value = split_packed(hidden, "packed", "first")
     z = torch.nn.functional.linear(x, weight, b)
@@ -92,7 +93,8 @@ def test_expand_is_the_line_it_folds(row, d, f, bias, transposed, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_expand_of_gelu_keeps_the_bits(dtype):
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed, bias = expand(weight, None, SCALINGS["gelu", "gelu"])
+    row = SCALINGS["gelu", "gelu"]
+    packed, bias = expand(weight, row), expand(torch.zeros(6, dtype=dtype), row, constant=row.beta)
     assert packed.dtype == bias.dtype == dtype
     assert torch.equal(packed[:6], weight)
     assert not packed[6:].any()
@@ -102,7 +104,8 @@ def test_expand_of_gelu_keeps_the_bits(dtype):
 
 def test_relu_squared_takes_its_own_input_as_value():
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    packed, bias = expand(weight, None, find_scaling("relu2", "relu", gated=False))
+    row = find_scaling("relu2", "relu", gated=False)
+    packed, bias = expand(weight, row), expand(torch.zeros(3, dtype=torch.float64), row, constant=row.beta)
     assert torch.equal(packed[:3], packed[3:])
     assert not bias.any()
 
@@ -130,4 +133,4 @@ def test_lossy_pairs_are_refused(source, gate):
 
 def test_overflow_is_an_error():
     with pytest.raises(WeightsError, match=r"65504|6\.55e"):
-        expand(torch.full((2, 2), 1e3, dtype=torch.float16), None, SCALINGS["relu", "gelu"])
+        expand(torch.full((2, 2), 1e3, dtype=torch.float16), SCALINGS["relu", "gelu"])

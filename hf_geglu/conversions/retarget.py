@@ -9,6 +9,7 @@ import torch
 from hf_geglu.conversions.precision import rounded, scaled
 from hf_geglu.conversions.scaling import Scaling
 from hf_geglu.errors import ConversionError
+from hf_geglu.functional import split_packed
 
 
 def retarget(parameter: torch.Tensor, branch: Literal["gate", "value"], scaling: Scaling) -> torch.Tensor:
@@ -26,6 +27,7 @@ def retarget(parameter: torch.Tensor, branch: Literal["gate", "value"], scaling:
 
     Raises:
         ConversionError: `scaling` needs the value branch for itself (alpha != 0).
+        WeightsError: a value leaves the range of the dtype.
     """
     if not scaling.fits_gated:
         raise ConversionError(
@@ -33,3 +35,19 @@ def retarget(parameter: torch.Tensor, branch: Literal["gate", "value"], scaling:
             "its value branch; expected a scaling with alpha = 0"
         )
     return rounded(scaled(parameter, scaling.a if branch == "gate" else scaling.beta), parameter.dtype)
+
+
+def retarget_packed(
+    parameter: torch.Tensor,
+    scaling: Scaling,
+    *,
+    layout: Literal["packed", "interleaved"],
+    gate_half: Literal["first", "last"],
+    dim: int = 0,
+) -> torch.Tensor:
+    """`retarget` for a parameter that holds both branches, 2F long in `dim`. Same shape and dtype."""
+    result = parameter.detach().clone()
+    gate, value = split_packed(result.movedim(dim, -1), layout, gate_half)
+    gate.copy_(retarget(gate, "gate", scaling))
+    value.copy_(retarget(value, "value", scaling))
+    return result

@@ -10,7 +10,7 @@ from typing import Literal
 Kind = Literal["module", "split", "inline", "experts", "conv"]
 Layout = Literal["dense", "separate", "packed", "interleaved"]
 GateHalf = Literal["first", "last"]
-Projection = Literal["linear", "conv1d"]
+Projection = Literal["linear", "conv1d", "pointwise", "stack", "stack_transposed"]
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
