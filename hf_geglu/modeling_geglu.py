@@ -192,15 +192,15 @@ def config_entry(config: Any, key: str) -> Any:
 
 
 def set_config_entry(config: Any, key: str, value: Any) -> None:
-    """Set what `config_entry` reads."""
+    """Set what `config_entry` reads, past the checks of config classes that allow certain activations only."""
     *parents, name = key.split(".")
-    setattr(functools.reduce(getattr, parents, config), name, value)
+    vars(functools.reduce(getattr, parents, config))[name] = value
 
 
 @contextmanager
 def base_activation(config: Any) -> Iterator[None]:
     """While a base class builds itself, its config states the activation it was made with, not the tripwire."""
-    original = config.geglu["config"]
+    original = (getattr(config, "geglu", None) or {}).get("config", {})
     tripwires = {key: config_entry(config, key) for key in original}
     try:
         for key, value in original.items():
@@ -209,6 +209,17 @@ def base_activation(config: Any) -> Iterator[None]:
     finally:
         for key, value in tripwires.items():
             set_config_entry(config, key, value)
+
+
+def _swap(entries: dict[str, Any], path: list[str], value: Any) -> Any:
+    """Put `value` at a path of nested dictionaries, on copies of those below the first; returns what was there."""
+    name, *rest = path
+    if not rest:
+        old, entries[name] = entries.get(name), value
+        return old
+    nested = entries.get(name)
+    entries[name] = nested = dict(nested) if isinstance(nested, Mapping) else nested.to_dict()  # type: ignore[union-attr]
+    return _swap(nested, rest, value)
 
 
 class GegluMixin:
@@ -263,13 +274,23 @@ def variant_config_class(base: type) -> type:
     """The config class of variants of `base`: ``BertConfig -> GegluBertConfig`` with model_type "geglu_bert"."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        entries: Mapping[str, Any] = (kwargs.get("geglu") or {}).get("config", {})
+        tripwires = {key: _swap(kwargs, key.split("."), value) for key, value in entries.items()}
         base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        for key, value in tripwires.items():
+            set_config_entry(self, key, value)
 
+    def validate(self: Any) -> None:
+        with base_activation(self):
+            base.validate(self)  # type: ignore[attr-defined]
+
+    checks = {"validate": validate} if hasattr(base, "validate") else {}  # transformers 5
     return type(
         CLASS_PREFIX + base.__name__,
         (base,),
         {
             "__init__": __init__,
+            **checks,
             "__module__": __name__,
             "__doc__": f"{base.__name__} of a model whose FFN blocks are GeGLU; `geglu` lists them.",
             "model_type": MODEL_TYPE_PREFIX + base.model_type,  # type: ignore[attr-defined]

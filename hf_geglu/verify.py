@@ -261,8 +261,7 @@ def check_values(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[tuple[Va
             parameter.requires_grad_(True)
         with evaluating(model), torch.enable_grad():
             outputs = outputs_of(model, inputs)
-            # nothing is special about squares: any function of the outputs that is not flat will do
-            loss = sum((tensor.float().square().mean() for tensor in outputs.values()), torch.zeros(()))
+            loss = sum((_projected(tensor) for tensor in outputs.values()), torch.zeros(()))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     finally:
         for parameter, flag in zip(parameters, required, strict=True):
@@ -280,6 +279,14 @@ def check_values(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[tuple[Va
         )
     before = {name: tensor.detach() for name, tensor in outputs.items()}
     return values, _response(model, plan, list(branches.values()), before, inputs)
+
+
+def _projected(output: torch.Tensor) -> torch.Tensor:
+    """A number that moves when an output moves: its product with fixed noise. (Its mean square would not do: what a
+    LayerNorm gives has mean square 1 whatever it is given.)"""
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.device)
+    finite = output.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # masked logits
+    return (finite * noise).mean().cpu()
 
 
 def _value_parameter(model: nn.Module, entry: SitePlan) -> tuple[nn.Parameter, torch.Tensor | None]:
