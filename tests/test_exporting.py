@@ -9,7 +9,6 @@ from tiny_models import TINY, tiny
 import hf_geglu
 from hf_geglu.inputs import synthetic_inputs
 
-
 MODELS = ["bert", "gpt2", "vit", "llama"]
 
 
