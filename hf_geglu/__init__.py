@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_geglu import auto, variants
+from hf_geglu import auto, neighbours, variants
 from hf_geglu.errors import HfGegluError
 from hf_geglu.variants import VARIANTS, Variant
 
@@ -67,6 +67,7 @@ _HOMES = {
 
 variants.register()
 auto.register()
+neighbours.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,8 @@
     ├── SurgeryError          the model cannot be changed (it was left as it was)
     ├── VerificationError     what came out is not what the plan promised (the model was put back)
     ├── WeightsError          NaN or infinite weights, missing or truncated tensors
+    ├── AdapterError          an adapter that was trained on another base
+    ├── KernelError           a kernel of another package that would compute another function
     ├── OutputError           an output folder that must not be written
     ├── DataError             a dataset that cannot be trained on
     └── TrainingError         a run that cannot start, continue or resume
@@ -61,6 +63,14 @@ class VerificationError(HfGegluError):
 
 class WeightsError(HfGegluError):
     """NaN or infinite weights, missing or truncated tensors."""
+
+
+class AdapterError(HfGegluError):
+    """An adapter that was trained on another base."""
+
+
+class KernelError(HfGegluError):
+    """A kernel of another package that would compute another function."""
 
 
 class OutputError(HfGegluError):

@@ -246,7 +246,8 @@ class GegluMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As in transformers; this file goes along, so that the folder loads with ``trust_remote_code=True``."""
-        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False) and kwargs.get("save_peft_format", True)
+        if kwargs.get("is_main_process", True) and not adapter_only and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
             target = os.path.join(save_directory, "modeling_geglu.py")
             if os.path.realpath(target) != os.path.realpath(__file__):

@@ -1,4 +1,4 @@
-"""Beside what people already use: PEFT on the packed projections, the ordinary push to the Hub."""
+"""Beside what people already use: the ordinary push to the Hub, Trainer."""
 
 import pytest
 import torch
@@ -6,28 +6,6 @@ import transformers
 from tiny_models import tiny
 
 import hf_geglu
-
-
-def test_lora_finds_the_packed_projections_by_their_old_names(tmp_path):
-    peft = pytest.importorskip("peft")
-    model = tiny("gpt2").eval()
-    hf_geglu.convert(model)
-    ids = torch.arange(4, 12)[None]
-    before = model(ids).logits
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
-    assert torch.equal(wrapped(ids).logits, before)
-    wrapped(ids).logits.sum().backward()
-    lora = [parameter for name, parameter in wrapped.named_parameters() if "lora_B" in name]
-    assert [parameter.size(0) for parameter in lora] == [2 * 40, 2 * 40]
-    assert all(parameter.grad.abs().max() > 0 for parameter in lora)
-    with torch.no_grad():
-        for parameter in lora:
-            parameter.add_(0.1)
-    moved = wrapped(ids).logits
-    merged = wrapped.merge_and_unload()
-    torch.testing.assert_close(merged(ids).logits, moved, rtol=1e-4, atol=1e-5)
-    merged.save_pretrained(tmp_path)
-    assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, merged(ids).logits)
 
 
 @pytest.mark.parametrize(("model_type", "tier"), [("bert", "portable"), ("llama", "native")])

@@ -25,7 +25,7 @@ LAYERS = [
     ["inputs"],
     ["distance"],
     ["verify"],
-    ["converting", "config"],
+    ["converting", "config", "neighbours"],
     ["hub"],
     ["training"],
     ["demo"],
