@@ -26,6 +26,8 @@ TOKENS = SIDE * SIDE
 _NUMBER = re.compile(r"(^|_)(height|width|h|w|num_frames|frames|grid_h|grid_w)$")
 _ONE = re.compile(r"batch|num_|idx|index|layer_id")
 _GRID = re.compile(r"dimensions|resolution|shape|size|grid")
+_CHOICE = re.compile(r"(top_?k|rout|select|expert).*(ind|idx|ids|experts)")
+_SHARE = re.compile(r"(top_?k|rout|gating|expert).*(weight|score|prob)")
 _ABSENT = re.compile(r"mask|past|cache|position|bias|cu_seqlens|ids$|emb$|rotary|freqs")
 _ALWAYS = frozenset({"position_embeddings"})
 _STATE = re.compile(r"hidden|residual|input|states|tensor|skip|shortcut|query|^x$")
@@ -93,6 +95,11 @@ def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
     if name in _ALWAYS:
         # cosine and sine of no rotation, of width 1: they broadcast against heads of any size
         return x.new_ones(1, TOKENS, 1), x.new_zeros(1, TOKENS, 1)
+    if _CHOICE.search(name):
+        # every token goes to the first expert
+        return torch.zeros(_tokens(x), 1, dtype=torch.long)
+    if _SHARE.search(name):
+        return x.new_ones(_tokens(x), 1)
     if _NUMBER.search(name):
         return SIDE
     if _GRID.search(name):
@@ -104,3 +111,7 @@ def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
     if _ABSENT.search(name) or filling != "tensors":
         return None
     return x.detach().clone()
+
+
+def _tokens(x: torch.Tensor) -> int:
+    return x.shape[:-1].numel()

@@ -15,6 +15,7 @@ from hf_geglu.sites.observe import Probe, Seen, observe, visible
 from hf_geglu.sites.projections import Port, leads_on, read_port, within
 from hf_geglu.sites.signature import Signatures
 from hf_geglu.sites.site import FoundSites, Kind, Rejection, Site
+from hf_geglu.sites.stacks import Stacks, stacks_of
 from hf_geglu.sites.twin import Mold
 
 PATIENCE = 2
@@ -51,10 +52,14 @@ class _Search:
         self._sites: list[Site] = []
         self._rejected: dict[str, Rejection] = {}
         self._open: list[tuple[Rejection, frozenset[str]]] = []
+        self._stacks: list[Stacks] = []
 
     def run(self) -> FoundSites:
         left = [] if read_port(self._model) is not None else self._visit(self._model, "")
         self._look_at_lone_projections(left)
+        for stacks in self._stacks:
+            reason = f"stacked matrices ({stacks}): {(stacks.errors or ['no block around them is ever called'])[0]}"
+            self._rejected[stacks.path] = Rejection(path=stacks.path, class_name=stacks.class_name, reason=reason)
         taken = {path for site in self._sites for path in (site.gate, site.up, site.down)}
         for rejection, paths in self._open:
             if not paths & taken:
@@ -80,10 +85,14 @@ class _Search:
             else:
                 self._visited.add(id(child))
                 free.append(Free(child_path, port))
-        self._look_for_fused_experts(module, path)
+        stacks = stacks_of(module, path)
+        if stacks is not None:
+            self._stacks.append(stacks)
         called = type(module).forward is not nn.Module.forward
         if not called:
             return free
+        if self._stacks and not isinstance(module, PreTrainedModel):
+            self._probe_stacks(module, path)
         if not _unseen_pairs(free):
             return _still_open(free)
         if isinstance(module, PreTrainedModel):
@@ -165,20 +174,32 @@ class _Search:
             elif len(within(child)) > 1:
                 yield child_path, not any(one.startswith(f"{child_path}.") for one in open_paths)
 
-    def _look_for_fused_experts(self, module: nn.Module, path: str) -> None:
-        """Two stacks of matrices, in one module or in two children that hold one each, are experts fused into one."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, holder in (("", module), *module._modules.items()):
-            if holder is not None and read_port(holder) is None and (holder is module or not holder._modules):
-                stacks = {n: p for n, p in holder._parameters.items() if p is not None and p.ndim == 3}
-                if holder is not module and len(stacks) != 1:
-                    continue
-                shapes.update((f"{name}.{n}" if name else n, tuple(p.shape)) for n, p in stacks.items())
-        stacked = {name: shape for name, shape in shapes.items() if min(shape) > 1}
-        if len(stacked) > 1 and len({shape[0] for shape in stacked.values()}) == 1:
-            listed = ", ".join(f"{name} {shape}" for name, shape in stacked.items())
-            reason = f"fused 3-D experts ({listed}): only experts with projection modules of their own are taken so far"
-            self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason=reason)
+    def _probe_stacks(self, module: nn.Module, path: str) -> None:
+        """Run a module for the stacks below it: their own one, or else the next ones up, which choose the experts."""
+        for stacks in list(self._stacks):
+            if path and stacks.path != path and not stacks.path.startswith(f"{path}."):
+                continue
+            signature = (self._signatures.of(module), stacks.path.removeprefix(path))
+            probe = self._probes.get(signature)
+            if probe is None:
+                probe = observe(module, mold=self._mold, widths=stacks.widths)
+                self._probes[signature] = probe
+            seen = [one for one in probe.seen if one.observation.up.port.stacked]
+            reasons = [
+                refusal.reason for refusal in probe.refused if set(refusal.projections) & self._below(stacks, path)
+            ]
+            self._sites.extend(as_site(module, path, one) for one in seen)
+            stacks.errors.append("; ".join(reasons) or probe.error or "ran, but none of its matrices feeds another")
+            if seen or reasons or len(stacks.errors) > PATIENCE:
+                self._stacks.remove(stacks)
+            if not seen and (reasons or len(stacks.errors) > PATIENCE):
+                reason = f"stacked matrices ({stacks}): {stacks.errors[-1 if reasons else 0]}"
+                self._rejected[stacks.path] = Rejection(path=stacks.path, class_name=stacks.class_name, reason=reason)
+
+    def _below(self, stacks: Stacks, path: str) -> set[str]:
+        """Paths of the parameters as a probe of the module at `path` names them."""
+        prefix = f"{path}." if path else ""
+        return {f"{stacks.path}.{name}".removeprefix(prefix) for name in stacks.shapes}
 
     def _look_at_heads(self, model: nn.Module, path: str, free: list[Free]) -> None:
         """Projections that sit in a whole model itself: a model is no block and is never run."""
@@ -208,22 +229,31 @@ def as_site(block: nn.Module, path: str, seen: Seen) -> Site:
     def absolute(relative: str) -> str:
         return f"{path}.{relative}" if path else relative
 
+    form = one.up.port.form
+    holder = _holder(one.projections) if one.up.port.stacked else ""
     return Site(
-        block=path,
+        block=absolute(holder) if holder else path,
         gate=absolute(one.gate.path),
         up=absolute(one.up.path),
         down=absolute(one.down.path),
-        kind=_kind(block, one.projections),
+        kind="experts" if one.up.port.stacked else _kind(block, one.projections),
         layout=one.fit.layout,
         activation=one.fit.activation,
         activation_path=None if seen.activation_path is None else absolute(seen.activation_path),
         gate_half=one.fit.gate_half,
-        projection="conv1d" if one.up.port.form == "conv1d" else "linear",
+        projection="linear" if form == "convolution" else form,
         value_offset=one.fit.offset,
         d_in=one.up.port.d_in,
         width=one.down.port.d_in,
         d_out=one.down.port.d_out,
     )
+
+
+def _holder(parameters: tuple[str, ...]) -> str:
+    """The innermost module that holds all of these parameters."""
+    first, *others = (path.split(".")[:-1] for path in parameters)
+    common = [name for at, name in enumerate(first) if all(other[: at + 1] == first[: at + 1] for other in others)]
+    return ".".join(common)
 
 
 def _kind(block: nn.Module, projections: tuple[str, ...]) -> Kind:

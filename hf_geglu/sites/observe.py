@@ -58,20 +58,27 @@ class Run:
     answer: Any = None
 
 
-def observe(block: nn.Module, *, stub_sets: Collection[Collection[str]] = ((),), mold: Mold | None = None) -> Probe:
+def observe(
+    block: nn.Module,
+    *,
+    stub_sets: Collection[Collection[str]] = ((),),
+    mold: Mold | None = None,
+    widths: Collection[int] = (),
+) -> Probe:
     """Probe one block by behaviour; its weights are never read and nothing of it changes.
 
     Args:
         block: The module to be understood; it must run on one hidden state.
         stub_sets: Paths of children to be replaced by noise. Each set is tried until one shows an FFN block.
         mold: Casts the twins; give the one made of the whole model when many of its blocks are probed.
+        widths: Of the hidden state; read off the projections where none are given.
     """
     mold = mold or Mold(block)
     verdict: Verdict | None = None
     furthest: Run | None = None
     with isolated():
         for stubs in stub_sets:
-            for recipe in _recipes(block, stubs):
+            for recipe in _recipes(block, stubs, widths):
                 run = _persist(block, mold, recipe)
                 if run.error is None and run.trace.calls:
                     shown = judge(run.trace)
@@ -99,12 +106,13 @@ def visible(block: nn.Module, stubs: Collection[str]) -> list[tuple[str, Port]]:
     ]
 
 
-def _recipes(block: nn.Module, stubs: Collection[str]) -> list[Recipe]:
+def _recipes(block: nn.Module, stubs: Collection[str], widths: Collection[int]) -> list[Recipe]:
     """Every way to run a block, the likeliest first."""
     ports = [port for _, port in visible(block, stubs)]
-    pairs = [(a, b) for a in ports for b in ports if a is not b and leads_on(a, b)]
-    pairs.sort(key=lambda pair: pair[0].d_in != pair[1].d_out)
-    widths = list(dict.fromkeys(first.d_in for first, _ in pairs))[:MAX_WIDTHS]
+    if not widths:
+        pairs = [(a, b) for a in ports for b in ports if a is not b and leads_on(a, b)]
+        pairs.sort(key=lambda pair: pair[0].d_in != pair[1].d_out)
+        widths = list(dict.fromkeys(first.d_in for first, _ in pairs))[:MAX_WIDTHS]
     images = any(port.convolves for port in ports)
     return [
         Recipe(stubs, shape, filling)

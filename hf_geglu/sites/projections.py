@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-Form = Literal["linear", "conv1d", "pointwise", "convolution"]
+Form = Literal["linear", "conv1d", "pointwise", "convolution", "stack", "stack_transposed"]
 """linear: weight (out, in). conv1d: GPT-2's Conv1D, weight (in, out). pointwise: an nn.Conv* of kernel 1.
-convolution: wider."""
+convolution: wider. stack: a parameter of a module that is no projection, (experts, out, in); stack_transposed: (experts,
+in, out)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class Port:
     def convolves(self) -> bool:
         """Whether channels come second in its input rather than last."""
         return self.form in ("pointwise", "convolution")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is one of several matrices in one parameter."""
+        return self.form in ("stack", "stack_transposed")
 
 
 def read_port(module: nn.Module) -> Port | None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hf_geglu.sites.projections import Port, read_port
+from hf_geglu.sites.projections import Form, Port, read_port
 from hf_geglu.sites.twin import SMALL
 
 STUB_FORMS = 5
@@ -90,6 +90,8 @@ class Trace(TorchFunctionMode):
         self._rehearsal = rehearsal
         self._generator = torch.Generator().manual_seed(1)
         self._taps: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self._stacks: dict[int, str] = {}
+        self._kept: list[torch.Tensor] = []
 
     def noise(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """N(0, 3), with every other value four times as large: wide enough to part gelu from gelu_10 and relu6."""
@@ -108,6 +110,9 @@ class Trace(TorchFunctionMode):
             return True
         if isinstance(twin, Stub):
             return True
+        for name, parameter in twin._parameters.items():
+            if parameter is not None and parameter.ndim > 1:
+                self._stacks[_storage(parameter)] = _join(path, name)
         holds = [
             self.attach(child, path=_join(path, name)) for name, child in twin._modules.items() if child is not None
         ]
@@ -152,9 +157,31 @@ class Trace(TorchFunctionMode):
         if func in _PRODUCTS:
             if func is torch.nn.functional.linear and len(args) > 1 and id(args[1]) in self._taps:
                 return self._taps[id(args[1])](args[0])
+            path = self._stacks.get(_storage(args[1])) if func in _PAIRS and len(args) > 1 else None
+            if path is not None and args[1].ndim > 1:
+                return self._tap_stack(path, func, *args[:2])
             if any(_costly(argument) for argument in args):
                 raise ProbeError("a product with a large weight outside any projection module")
-        return func(*args, **(kwargs or {}))
+        answer = func(*args, **(kwargs or {}))
+        if func in _SELECTIONS and _storage(args[0]) in self._stacks and _storage(answer) not in self._stacks:
+            # a copy of some of the matrices; kept, so that no other tensor gets its place in memory
+            self._stacks[_storage(answer)] = self._stacks[_storage(args[0])]
+            self._kept.append(answer)
+        return answer
+
+    def _tap_stack(self, path: str, func: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Stands for the product with a parameter, or a part of one, that belongs to no projection module."""
+        shape = list(func(x.to("meta"), weight.to("meta")).shape)
+        outputs_first = func is torch.nn.functional.linear
+        d_in, d_out = (weight.shape[-1], weight.shape[-2]) if outputs_first else (weight.shape[-2], weight.shape[-1])
+        stored_as_seen = weight.stride(-1) == 1
+        form: Form = "stack" if outputs_first == stored_as_seen else "stack_transposed"
+        if self._rehearsal is not None and self._rehearsal.wide == path:
+            shape[-1] *= 2
+        self.last_stub = None
+        out = self.noise(torch.Size(shape)).requires_grad_()
+        self.calls.append(Call(path, Port(d_in, d_out, form), x.clone(), out))
+        return out.clone()
 
 
 _PRODUCTS = frozenset(
@@ -175,6 +202,25 @@ _PRODUCTS = frozenset(
         torch.nn.functional.conv3d,
     }
 )
+
+
+_PAIRS = _PRODUCTS - {
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.nn.functional.conv1d,
+    torch.nn.functional.conv2d,
+    torch.nn.functional.conv3d,
+}
+"""Products whose second argument is the weight."""
+_SELECTIONS = frozenset({torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select})
+
+
+def _storage(value: Any) -> int:
+    """Which memory a tensor looks at; 0 for anything else."""
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+        return 0
+    return value.untyped_storage().data_ptr()
 
 
 def _costly(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The probe twin: a stand-in for a module that can be run, broken and thrown away without the original noticing.
 
 The twin has the classes, the structure and the attributes of the original, but none of its weights: large tensors
-become one float64 number seen from every index (a matrix of 4096 x 11008 costs eight bytes), small ones become random
+become one row of float64 numbers seen from every index (a matrix of 4096 x 11008 costs 86 KB), small ones become random
 vectors. So a model in bfloat16, on the meta device or spread over machines is probed like any other, and no hook,
 cache or mode of the original is ever touched.
 """
@@ -50,7 +50,8 @@ def stand_in(tensor: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
         return torch.full((), int(kind == torch.bool), dtype=kind, device="cpu").expand(tensor.shape)
     if tensor.numel() <= SMALL:
         return torch.rand(tensor.shape, generator=noise, dtype=torch.float64, device="cpu") + 0.5
-    return torch.full((), 0.5, dtype=torch.float64, device="cpu").expand(tensor.shape)
+    # a whole row, so that strides still tell which dimension came last when the tensor is seen transposed
+    return torch.full(tensor.shape[-1:], 0.5, dtype=torch.float64, device="cpu").expand(tensor.shape)
 
 
 class Mold:
@@ -103,7 +104,11 @@ class Mold:
             if memo.get(id(parameter)) is parameter or id(parameter) not in memo:
                 # The weight of a projection is float64 even where it is stored as integers: T5 casts to its dtype.
                 shape = torch.empty(parameter.shape, device="meta") if projects else parameter
-                memo[id(parameter)] = nn.Parameter(stand_in(shape, noise), requires_grad=False)
+                values = stand_in(shape, noise)
+                if not projects and name.endswith("bias") and parameter.ndim > 1:
+                    # of a stack of experts, added by hand to a product that answers with noise anyway
+                    values = torch.zeros(1, dtype=torch.float64).expand(parameter.shape)
+                memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
             twin._parameters[name] = memo[id(parameter)]
         for name, buffer in module._buffers.items():
             twin._buffers[name] = None if buffer is None else stand_in(buffer, noise)
@@ -129,6 +134,8 @@ class Mold:
         try:
             copied = copy.deepcopy(value, memo)
             if isinstance(value, PretrainedConfig):
+                # experts one after the other, as their class says it, not by the grouped kernels that stand in for it
+                copied.__dict__["_experts_implementation_internal"] = "eager"
                 self._own[id(value)] = copied  # one copy serves every twin
             return copied
         except (TypeError, RuntimeError, NotImplementedError, AttributeError):

@@ -147,7 +147,7 @@ def _unfit(one: Observation) -> str | None:
         return f"no activation between {up.path} and {down.path}: a low-rank pair"
     if seen.layout == "dense" and seen.activation in SATURATING:
         return f"{seen.activation} between {up.path} and {down.path} saturates: a pooler or a gate, not an FFN"
-    if seen.layout == "dense" and down.port.d_in < up.port.d_in:
+    if seen.layout == "dense" and down.port.d_in < up.port.d_in and not up.port.stacked:
         return f"a bottleneck ({up.port.d_in} -> {down.port.d_in} -> {down.port.d_out}): an adapter or squeeze-excite"
     if up.port.form == "pointwise" or down.port.form == "pointwise":
         return f"{seen} in 1x1 convolutions ({up.path}, {down.path}): only linear projections are converted so far"
