@@ -48,7 +48,7 @@ class VariantLoadError(ValueError):
 
 
 class PackedGLU(nn.Module):
-    """The gated unit on a packed projection: ``activation(gate) * value`` with ``[gate | value]`` in the last
+    """The gated unit on a packed projection: ``activation(gate) * (value + offset)`` with ``[gate | value]`` in one
     dimension.
 
     The gate comes first, as in the formulas of Shazeer 2020 (arXiv:2002.05202, eq. 5 and 6: ``GELU(xW) * xV``).
@@ -56,50 +56,87 @@ class PackedGLU(nn.Module):
 
     Args:
         activation: what the gate goes through: a module, a function, or a name in transformers' ``ACT2FN``.
+        dim: the packed dimension: the last one, or that of the channels between convolutions.
+        groups: of the grouped convolution whose answer is packed: each group has a gate and a value of its own.
+        offset: added to the value, where the projection has no bias to keep a constant in.
 
-    Shapes: (..., 2F) -> (..., F). Raises ValueError where the last dimension is odd.
+    Shapes: (..., 2F, ...) -> (..., F, ...). Raises ValueError where that dimension is odd.
     """
 
-    def __init__(self, activation: str | Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        activation: str | Callable[[torch.Tensor], torch.Tensor],
+        *,
+        dim: int = -1,
+        groups: int = 1,
+        offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.activation = ACT2FN[activation] if isinstance(activation, str) else activation
+        self.dim, self.groups, self.offset = dim, groups, offset
 
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         """Split into halves and multiply."""
-        if packed.shape[-1] % 2:
+        if packed.shape[self.dim] % 2:
             raise ValueError(
-                f"a packed GLU halves the last dimension, but it has {packed.shape[-1]} elements; expected [gate | "
-                "value], "
-                "two halves of equal width"
+                f"a packed GLU halves dimension {self.dim}, but it has {packed.shape[self.dim]} elements; expected "
+                "[gate | value], two halves of equal width"
             )
-        gate, value = packed.chunk(2, dim=-1)
+        if self.groups > 1:
+            dim = self.dim % packed.ndim
+            halves = torch.unflatten(packed, dim, (self.groups, 2, -1)).unbind(dim + 1)
+            gate, value = (half.flatten(dim, dim + 1) for half in halves)
+        else:
+            gate, value = packed.chunk(2, dim=self.dim)
         if gate.device.type == "cpu":
             # there float32 GELU is oneDNN's where memory is contiguous and ATen's where it is not, 5e-7 apart: without
             # the copy an exact conversion would differ from its original
             gate = gate.contiguous()
         activated: torch.Tensor = self.activation(gate)
-        return activated * value
+        return activated * (value + self.offset if self.offset else value)
+
+    def extra_repr(self) -> str:
+        """Only what is not as usual."""
+        shown = {"dim": (self.dim, -1), "groups": (self.groups, 1), "offset": (self.offset, 0.0)}
+        return ", ".join(f"{name}={value}" for name, (value, usual) in shown.items() if value != usual)
+
+
+_WIDTH_NAMES = ("out_features", "nf", "out_channels")
+"""What nn.Linear, transformers' Conv1D and convolutions call the number of their outputs."""
 
 
 def widen(up: nn.Module, width: int) -> nn.Module:
     """The packed form of an up projection: same class and attributes, twice `width` outputs, always with a bias.
 
-    Works for ``nn.Linear`` (weight (out, in)), transformers' ``Conv1D`` (weight (in, out)) and their subclasses. The
-    new
-    parameters are empty: the caller fills them. The bias is where an exact conversion keeps its constant value branch.
+    Works for ``nn.Linear`` and convolutions (weight (out, in, ...)), transformers' ``Conv1D`` (weight (in, out)) and
+    their subclasses. The new parameters are empty: the caller fills them. The bias is where an exact conversion keeps
+    its constant value branch.
     """
     weight = up.weight
     assert isinstance(weight, torch.Tensor)
-    transposed = not hasattr(up, "out_features")  # Conv1D calls it `nf`
-    d_in = weight.shape[0] if transposed else weight.shape[1]
-    shape = (d_in, 2 * width) if transposed else (2 * width, d_in)
+    name = next(name for name in _WIDTH_NAMES if hasattr(up, name))
+    outputs = 1 if name == "nf" else 0
+    shape = [2 * width if dim == outputs else size for dim, size in enumerate(weight.shape)]
     packed = copy.copy(up)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(packed, registry, dict(getattr(up, registry)))
     packed.weight = nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
     packed.bias = nn.Parameter(torch.empty(2 * width, dtype=weight.dtype, device=weight.device))
-    setattr(packed, "nf" if transposed else "out_features", 2 * width)
+    setattr(packed, name, 2 * width)
     return packed
+
+
+def _widen_stack(model: nn.Module, path: str, dim: int) -> None:
+    """The same for a parameter that holds the matrices of all experts, with their outputs in `dim`, and its bias if it
+    has one (where `expand` put it)."""
+    owner, _, name = path.rpartition(".")
+    held = model.get_submodule(owner)._parameters
+    for each, outputs in ((name, dim), ("bias" if name == "weight" else f"{name}_bias", -1)):
+        old = held.get(each)
+        if old is not None:
+            shape = list(old.shape)
+            shape[outputs] *= 2
+            held[each] = nn.Parameter(old.new_empty(shape))
 
 
 def set_attribute(root: nn.Module, path: str, value: Any) -> None:
@@ -166,18 +203,27 @@ def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
     checkpoint."""
     for site in _located_sites(model, list(geglu["sites"])):
         activation = get_attribute(model, site["activation"]) if site["gate"] is None else ACT2FN[site["gate"]]
-        if site["up"] is None:
-            set_attribute(model, site["activation"], activation)
-            continue
-        up = model.get_submodule(site["up"])
-        packed = widen(up, site["width"])
-        if packed.weight.device.type != "meta":  # an untrained model; a checkpoint's weights replace these otherwise
-            with torch.no_grad():
-                nn.init.zeros_(packed.bias)  # type: ignore[arg-type]
-                packed.weight.normal_(std=_init_std(model))  # type: ignore[operator]
-                model._init_weights(packed)  # type: ignore[operator]
-        set_attribute(model, site["up"], packed)
-        set_attribute(model, site["activation"], PackedGLU(activation))
+        if site["up"] is not None:
+            if "stack" in site:
+                _widen_stack(model, site["up"], site["stack"])
+                _initialise(model, model.get_submodule(site["up"].rpartition(".")[0]))
+            else:
+                packed = widen(model.get_submodule(site["up"]), site["width"])
+                _initialise(model, packed)
+                set_attribute(model, site["up"], packed)
+            activation = PackedGLU(activation, **{key: site[key] for key in ("dim", "groups", "offset") if key in site})
+        set_attribute(model, site["activation"], activation)
+
+
+def _initialise(model: nn.Module, packed: nn.Module) -> None:
+    """Values for an untrained model; those of a checkpoint replace them, and on the meta device there is nothing to
+    do."""
+    with torch.no_grad():
+        for name, parameter in packed.named_parameters(recurse=False):
+            if parameter.device.type != "meta":
+                nn.init.zeros_(parameter) if name == "bias" else nn.init.normal_(parameter, std=_init_std(model))
+        if all(parameter.device.type != "meta" for parameter in packed.parameters(recurse=False)):
+            model._init_weights(packed)  # type: ignore[operator]
 
 
 def _init_std(model: nn.Module) -> float:

@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from hf_geglu.conversions import Scaling, find_scaling
+from hf_geglu.cost import Cost, cost, cost_after
 from hf_geglu.errors import ConversionError, NoSitesError, PlanError
 from hf_geglu.native import native_config_change
 from hf_geglu.selection import Layers, select
 from hf_geglu.sites import FoundSites, Site, find_sites
+from hf_geglu.sites.weights import parameters_of, weight_name
 from hf_geglu.variants import VARIANTS, get_variant
 
 SCHEMA = 1
@@ -28,22 +29,6 @@ Tier = Literal["native", "portable", "in-memory"]
 GeluForm = Literal["owner", "named"]
 
 _GELU_FORMS = {"gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """What the FFN blocks of a plan cost. Multiply and add count as two FLOPs; biases and activations are left out."""
-
-    parameters: int
-    flops_per_token: int
-    bytes: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            parameters=self.parameters + other.parameters,
-            flops_per_token=self.flops_per_token + other.flops_per_token,
-            bytes=self.bytes + other.bytes,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,21 +234,19 @@ def _plan_site(model: nn.Module, site: Site, variant: str, gelu: GeluForm, share
     keep = site.gated and site.activation == gate
     if not keep:
         _refuse_if_unfit(model, site, shared, scaling)
-    before = _cost(model, site)
+    before = cost(model, site)
     return SitePlan(
         site=site,
         conversion="keep" if keep else "retarget" if site.gated else "expand",
         variant=resolved,
         scaling=scaling,
         before=before,
-        after=before if site.gated else _expanded(model, site, before),
+        after=before if site.gated else cost_after(model, site, scaling),
     )
 
 
 def _refuse_if_unfit(model: nn.Module, site: Site, shared: dict[str, list[str]], scaling: Scaling) -> None:
     """What conversions cannot do; each reason with the way out."""
-    if site.kind in ("experts", "conv"):
-        raise ConversionError(f"a block of kind {site.kind!r} cannot be converted yet; leave it out with `layers=`")
     if site.activation_path is None:
         raise ConversionError(
             f"{type(model.get_submodule(site.block)).__name__} calls its activation inside `forward`, so there is no "
@@ -274,17 +257,18 @@ def _refuse_if_unfit(model: nn.Module, site: Site, shared: dict[str, list[str]],
             f"the block multiplies by value + {site.value_offset}, so its value branch cannot be scaled; use a variant "
             "with the block's own gate, or leave the layer out with `layers=`"
         )
-    for path in {site.gate, site.up}:
-        projection = model.get_submodule(path)
-        weight = projection.weight
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+    parameters = parameters_of(model, site)
+    for path in (site.gate, site.up):
+        name = weight_name(path, site.projection)
+        weight = parameters.get(name)
+        if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
             raise ConversionError(
                 f"{path} is quantised; convert the model in bfloat16 or float32 and quantise the variant"
             )
-        others = [name for name in shared.get(f"{path}.weight", []) if name != f"{path}.weight"]
+        others = [other for other in shared.get(name, []) if other != name]
         if others:
             raise ConversionError(
-                f"{path}.weight is tied to {', '.join(others)}; untie it first, or leave the layer out with `layers=`"
+                f"{name} is tied to {', '.join(others)}; untie it first, or leave the layer out with `layers=`"
             )
 
 
@@ -296,28 +280,6 @@ def _shared_parameters(model: nn.Module) -> dict[str, list[str]]:
             owners.setdefault(id(parameter), {})[id(module)] = f"{module_name}.{name}"
     groups = [list(names.values()) for names in owners.values() if len(names) > 1]
     return {name: group for group in groups for name in group}
-
-
-def _cost(model: nn.Module, site: Site) -> Cost:
-    tensors = [
-        parameter
-        for path in dict.fromkeys((site.gate, site.up, site.down))
-        for parameter in model.get_submodule(path).parameters(recurse=False)
-    ]
-    return Cost(
-        parameters=sum(tensor.numel() for tensor in tensors),
-        flops_per_token=sum(2 * tensor.numel() for tensor in tensors if tensor.dim() > 1),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-    )
-
-
-def _expanded(model: nn.Module, site: Site, before: Cost) -> Cost:
-    up = model.get_submodule(site.up)
-    weight = up.weight
-    assert isinstance(weight, torch.Tensor)
-    bias = 2 * site.width - (0 if getattr(up, "bias", None) is None else site.width)
-    added = weight.numel() + bias
-    return before + Cost(parameters=added, flops_per_token=2 * weight.numel(), bytes=added * weight.element_size())
 
 
 def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[Tier, str, dict[str, str]]:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from hf_geglu.auto import auto_map, registered_config_class
-from hf_geglu.conversions import rewrites
+from hf_geglu.conversions import rewrites, value_offset
 from hf_geglu.errors import PlanError, SurgeryError, WeightsError
 from hf_geglu.modeling_geglu import (
     SCHEMA,
@@ -31,7 +31,7 @@ from hf_geglu.modeling_geglu import (
 )
 from hf_geglu.native import activation_keys
 from hf_geglu.plan import Plan, SitePlan
-from hf_geglu.sites.weights import is_stack, parameters_of, weight_name
+from hf_geglu.sites.weights import is_stack, output_dim, parameters_of, weight_name
 
 _UNDO = "_hf_geglu_undo"
 
@@ -125,11 +125,12 @@ def _check(model: nn.Module, plan: Plan) -> None:
         )
     for entry in plan.sites:
         for path in (entry.site.gate, entry.site.up, entry.site.down):
+            module = path.rpartition(".")[0] if is_stack(entry.site.projection) else path
             try:
-                model.get_submodule(path)
+                get_attribute(model, path)
             except AttributeError as error:
                 raise PlanError(f"the plan names {path!r}, which this model does not have; make a new plan") from error
-            if hasattr(model.get_submodule(path), "_hf_hook"):
+            if hasattr(model.get_submodule(module), "_hf_hook"):
                 raise SurgeryError(
                     f"{path} is dispatched by accelerate (device_map), which runs the module it was loaded with; "
                     "load without device_map, convert, save, and load the variant with device_map"
@@ -181,7 +182,7 @@ def _replace_activation(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
         )
     original = get_attribute(model, path)
     gate = original if entry.keeps_activation else ACT2FN[entry.scaling.gate]
-    replacement = PackedGLU(gate) if packed else gate
+    replacement = PackedGLU(gate, **unit_settings(entry)) if packed else gate
     if isinstance(replacement, nn.Module) and replacement is not original:
         # the flag alone, not .train(): the kept activation inside has its own mode already
         replacement.training = original.training if isinstance(original, nn.Module) else model.training
@@ -246,12 +247,25 @@ def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], p
 
 def site_entry(entry: SitePlan) -> dict[str, Any]:
     """What a variant's config records of a site: all that the run time needs to build the block."""
-    return {
-        "up": entry.site.up if entry.conversion == "expand" else None,
-        "activation": entry.site.activation_path,
+    site, expands = entry.site, entry.conversion == "expand"
+    recorded: dict[str, Any] = {
+        "up": site.up if expands else None,
+        "activation": site.activation_path,
         "gate": None if entry.keeps_activation else entry.scaling.gate,
-        "width": entry.site.width,
+        "width": site.width,
     }
+    if expands:
+        recorded |= unit_settings(entry)
+        if is_stack(site.projection):
+            recorded["stack"] = output_dim(site.projection)
+    return recorded
+
+
+def unit_settings(entry: SitePlan) -> dict[str, Any]:
+    """The arguments of the `PackedGLU` of an expanded site, without those that are as usual."""
+    site, offset = entry.site, value_offset(entry.site, entry.scaling)
+    settings = {"dim": (site.dim, -1), "groups": (site.groups, 1), "offset": (offset, 0.0)}
+    return {name: value for name, (value, usual) in settings.items() if value != usual}
 
 
 def _share_config(model: nn.Module, memo: dict[int, Any], undo: Undo) -> None:

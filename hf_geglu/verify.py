@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.conversions import Scaling, value_offset
+from hf_geglu.conversions import Scaling, branch_outputs, value_offset
 from hf_geglu.distance import Comparison, Outputs, comparison, outputs_of
 from hf_geglu.errors import VerificationError
-from hf_geglu.functional import split_packed
 from hf_geglu.inputs import Inputs
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import Plan, SitePlan
@@ -122,12 +121,12 @@ def check_sites(model: nn.Module, undo: Undo) -> tuple[SiteCheck, ...]:
 def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.Generator) -> tuple[SiteCheck, bool]:
     site, scaling = entry.site, entry.scaling
     neurons = torch.randperm(site.width, generator=generator)[:NEURONS]
-    x_D = torch.randn((VECTORS, site.d_in), generator=generator, dtype=torch.float64)
     now: Parameters = dict(parameters_of(model, site))
     experts = torch.randint(_experts(now, site), neurons.shape, generator=generator)
     old_gate, old_value = _branches({**now, **undo.parameters}, site, neurons, experts, dense=not site.gated)
-    new_gate, new_value = _branches(now, site, neurons, experts, dense=False, packed=not site.gated)
+    new_gate, new_value = _branches(now, site, neurons, experts, dense=False)
     assert new_value is not None
+    x_D = torch.randn((VECTORS, old_gate[0].shape[-1]), generator=generator, dtype=torch.float64)
     # pre-activations of a few units, where the activations differ from their asymptotes
     x_D = x_D * (2.0 / _apply(x_D, old_gate).std().clamp_min(1e-30))
 
@@ -189,15 +188,12 @@ def _branches(
     experts: torch.Tensor,
     *,
     dense: bool,
-    packed: bool = False,
 ) -> tuple[Branch, Branch | None]:
     """(gate, value) as float64 (weight (n, D), bias (n,)) for those neurons; no value for a dense block."""
     if dense or site.layout == "separate":
         gate = _rows(parameters, site.gate, site, neurons, experts)
         return gate, None if dense else _rows(parameters, site.up, site, neurons, experts)
-    layout, half = ("packed", "first") if packed else (site.layout, site.gate_half)
-    order = split_packed(torch.arange(2 * site.width), layout, half)  # type: ignore[arg-type]
-    gate, value = (_rows(parameters, site.up, site, outputs[neurons], experts) for outputs in order)
+    gate, value = (_rows(parameters, site.up, site, outputs[neurons], experts) for outputs in branch_outputs(site))
     return gate, value
 
 
@@ -295,8 +291,7 @@ def _value_parameter(model: nn.Module, entry: SitePlan) -> tuple[nn.Parameter, t
     weight = model.get_parameter(weight_name(site.up, site.projection))
     if site.layout == "separate":
         return weight, None
-    layout, half = (site.layout, site.gate_half) if site.gated else ("packed", "first")
-    _, outputs = split_packed(torch.arange(2 * site.width), layout, half)  # type: ignore[arg-type]
+    _, outputs = branch_outputs(site)
     dim = output_dim(site.projection)
     mask_O = torch.zeros(2 * site.width, dtype=torch.bool, device=weight.device)
     mask_O[outputs.to(weight.device)] = True

@@ -195,7 +195,7 @@ def test_partly_converted_gated_model_is_portable():
 
 
 def test_a_config_entry_that_governs_more_than_the_sites_is_not_native(tmp_path):
-    """Qwen2-MoE: `hidden_act` is also that of the routed experts, which stay SiLU."""
+    """Qwen2-MoE: `hidden_act` is that of the routed experts too, so shared experts alone need another way."""
     from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     config = Qwen2MoeConfig(
@@ -211,12 +211,10 @@ def test_a_config_entry_that_governs_more_than_the_sites_is_not_native(tmp_path)
         num_experts_per_tok=1,
     )
     model = Qwen2MoeForCausalLM(config).eval()
-    plan = hf_geglu.make_plan(model)
-    if BEFORE_5:  # experts are a list of ordinary modules there, and are sites like any other
-        assert plan.tier == "native"
-        return
+    assert hf_geglu.make_plan(model).tier == "native"
+    plan = hf_geglu.make_plan(model, layers="*.shared_expert.*")
     assert plan.tier == "portable"
-    assert "would change" in plan.tier_reason
+    assert "computes 'gelu' at model.layers.0.mlp.experts" in plan.tier_reason
     hf_geglu.convert(model, plan)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -397,8 +395,8 @@ def test_an_exact_plan_that_is_not_exact_is_caught(monkeypatch):
     """A wrong formula in the surgery: the value branch starts at 1.001 instead of 1."""
     from hf_geglu.conversions import expand, rewrite
 
-    def wrong(parameter, scaling, *, constant=0.0, dim=0):
-        return expand(parameter, scaling, constant=1.001 * constant, dim=dim)
+    def wrong(parameter, scaling, *, constant=0.0, **options):
+        return expand(parameter, scaling, constant=1.001 * constant, **options)
 
     monkeypatch.setattr(rewrite, "expand", wrong)
     _refused(tiny("bert"), VerificationError, "planned to be exact")

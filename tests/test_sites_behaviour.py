@@ -263,15 +263,6 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.excite(fn.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
 
 
-class PointwiseConvolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(D, F, 1), nn.Conv2d(F, D, 1)
-
-    def forward(self, x):
-        return self.two(fn.gelu(self.one(x)))
-
-
 class WideConvolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +299,6 @@ class Raises(Two):
         (Perceptron, "chain of more than two projections"),
         (TokenMixing, "positions are mixed"),
         (SqueezeExcite, "bottleneck (12 -> 3 -> 12)"),
-        (PointwiseConvolutions, "1x1 convolutions"),
         (WideConvolutions, "convolution wider than 1"),
         (Unlinked, "nothing that one of its projections says reaches another"),
         (Raises, "KeyError: 'no such luck'"),

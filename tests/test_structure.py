@@ -19,7 +19,7 @@ LAYERS = [
     ["auto", "variants", "functional", "width", "modes", "fingerprint"],
     ["sites", "skeleton"],
     ["selection", "conversions"],
-    ["native"],
+    ["native", "cost"],
     ["plan"],
     ["surgery"],
     ["inputs"],

@@ -2,13 +2,14 @@
 
 from hf_geglu.conversions.expand import expand
 from hf_geglu.conversions.retarget import retarget, retarget_packed
-from hf_geglu.conversions.rewrite import Rewrite, rewrites, value_offset
+from hf_geglu.conversions.rewrite import Rewrite, branch_outputs, rewrites, value_offset
 from hf_geglu.conversions.scaling import SCALINGS, Scaling, find_scaling
 
 __all__ = [
     "SCALINGS",
     "Rewrite",
     "Scaling",
+    "branch_outputs",
     "expand",
     "find_scaling",
     "retarget",

@@ -8,7 +8,9 @@ from hf_geglu.conversions.precision import rounded, scaled
 from hf_geglu.conversions.scaling import Scaling
 
 
-def expand(parameter: torch.Tensor, scaling: Scaling, *, constant: float = 0.0, dim: int = 0) -> torch.Tensor:
+def expand(
+    parameter: torch.Tensor, scaling: Scaling, *, constant: float = 0.0, dim: int = 0, groups: int = 1
+) -> torch.Tensor:
     """A weight or bias of the packed up projection ``[gate | value]`` that computes what the dense one and its
     activation did.
 
@@ -22,6 +24,7 @@ def expand(parameter: torch.Tensor, scaling: Scaling, *, constant: float = 0.0, 
         scaling: the line of `scaling.SCALINGS` to fold in.
         constant: added to the value half: beta for a bias, 0 for a weight.
         dim: the dimension that counts outputs, F long.
+        groups: of a grouped convolution; each group of outputs is packed for itself.
 
     Returns:
         The same shape but 2F long in `dim`, in the dtype of `parameter`. Computed in float32 or better and rounded
@@ -30,5 +33,6 @@ def expand(parameter: torch.Tensor, scaling: Scaling, *, constant: float = 0.0, 
     Raises:
         WeightsError: a value leaves the range of the dtype.
     """
-    packed = torch.cat([scaled(parameter, scaling.a), scaled(parameter, scaling.alpha) + constant], dim=dim)
-    return rounded(packed, parameter.dtype)
+    grouped = torch.unflatten(parameter, dim, (groups, -1))
+    packed = torch.cat([scaled(grouped, scaling.a), scaled(grouped, scaling.alpha) + constant], dim=dim + 1)
+    return rounded(packed.flatten(dim, dim + 1), parameter.dtype)

@@ -15,6 +15,7 @@ import torch
 from hf_geglu.conversions.expand import expand
 from hf_geglu.conversions.retarget import retarget, retarget_packed
 from hf_geglu.conversions.scaling import Scaling
+from hf_geglu.functional import split_packed
 from hf_geglu.sites import Site
 from hf_geglu.sites.weights import bias_name, is_stack, output_dim, weight_name
 
@@ -65,14 +66,27 @@ def value_offset(site: Site, scaling: Scaling) -> float:
     return scaling.beta if is_stack(site.projection) else 0.0
 
 
+def branch_outputs(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which outputs of the packed projection are the gate and which the value, each (F,), in the order of neurons.
+
+    Of a gated block as it is; of a dense one as `expand` leaves it. Not for separate projections.
+    """
+    outputs = torch.arange(2 * site.width)
+    if site.layout in ("packed", "interleaved"):
+        assert site.gate_half is not None
+        return split_packed(outputs, site.layout, site.gate_half)
+    gate, value = outputs.view(site.groups, 2, -1).unbind(1)
+    return gate.reshape(-1), value.reshape(-1)
+
+
 def _expanded(site: Site, scaling: Scaling, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
     weight, bias = weight_name(site.up, site.projection), bias_name(site.up, site.projection)
     dim = output_dim(site.projection)
-    yield _wider(weight, shapes[weight], dim, partial(expand, scaling=scaling, dim=dim))
+    yield _wider(weight, shapes[weight], dim, partial(expand, scaling=scaling, dim=dim, groups=site.groups))
     if bias in shapes or not is_stack(site.projection):
         old = shapes.get(bias, (site.width,))
         constant = scaling.beta - value_offset(site, scaling)
-        function = partial(expand, scaling=scaling, constant=constant, dim=len(old) - 1)
+        function = partial(expand, scaling=scaling, constant=constant, dim=len(old) - 1, groups=site.groups)
         yield _wider(bias, old, len(old) - 1, function, present=bias in shapes)
 
 

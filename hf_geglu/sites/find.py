@@ -17,6 +17,7 @@ from hf_geglu.sites.signature import Signatures
 from hf_geglu.sites.site import FoundSites, Kind, Rejection, Site
 from hf_geglu.sites.stacks import Stacks, stacks_of
 from hf_geglu.sites.twin import Mold
+from hf_geglu.sites.verdict import Observation
 
 PATIENCE = 2
 """A projection that a run did not explain is left to one block further up; above that come whole encoders."""
@@ -111,7 +112,9 @@ class _Search:
             probe = observe(module, stub_sets=stub_sets, mold=self._mold) if stub_sets else Probe((), (), None)
             self._probes[signature] = probe
         for seen in probe.seen:
-            self._sites.append(as_site(module, path, seen))
+            site = as_site(module, path, seen)
+            if site.up not in {known.up for known in self._sites}:  # a block that ran inside this one
+                self._sites.append(site)
         reasons = list(dict.fromkeys(refusal.reason for refusal in probe.refused))
         if reasons:
             self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason="; ".join(reasons))
@@ -236,12 +239,14 @@ def as_site(block: nn.Module, path: str, seen: Seen) -> Site:
         gate=absolute(one.gate.path),
         up=absolute(one.up.path),
         down=absolute(one.down.path),
-        kind="experts" if one.up.port.stacked else _kind(block, one.projections),
+        kind=_kind(block, one),
         layout=one.fit.layout,
         activation=one.fit.activation,
         activation_path=None if seen.activation_path is None else absolute(seen.activation_path),
         gate_half=one.fit.gate_half,
         projection="linear" if form == "convolution" else form,
+        groups=one.up.port.groups,
+        dim=seen.dim,
         value_offset=one.fit.offset,
         d_in=one.up.port.d_in,
         width=one.down.port.d_in,
@@ -256,10 +261,14 @@ def _holder(parameters: tuple[str, ...]) -> str:
     return ".".join(common)
 
 
-def _kind(block: nn.Module, projections: tuple[str, ...]) -> Kind:
-    if len({path.rpartition(".")[0] for path in projections}) > 1:
+def _kind(block: nn.Module, one: Observation) -> Kind:
+    if one.up.port.stacked:
+        return "experts"
+    if one.up.port.convolves:
+        return "conv"
+    if len({path.rpartition(".")[0] for path in one.projections}) > 1:
         return "split"
-    return "module" if len(within(block)) == len(projections) else "inline"
+    return "module" if len(within(block)) == len(one.projections) else "inline"
 
 
 def _still_open(free: list[Free]) -> list[Free]:

@@ -27,6 +27,8 @@ class Seen:
 
     observation: Observation
     activation_path: str | None
+    dim: int
+    """The dimension of what the activation hears that counts neurons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,28 +152,34 @@ def play(block: nn.Module, mold: Mold, recipe: Recipe, rehearsal: Rehearsal | No
 
 
 def _located(block: nn.Module, mold: Mold, run: Run, shown: Verdict) -> tuple[Seen, ...]:
-    return tuple(Seen(one, _activation_path(block, mold, run, one)) for one in shown.taken)
+    return tuple(Seen(one, *_activation_at(block, mold, run, one)) for one in shown.taken)
 
 
-def _activation_path(block: nn.Module, mold: Mold, run: Run, one: Observation) -> str | None:
-    """The attribute that a conversion can exchange, proven by exchanging it.
+def _activation_at(block: nn.Module, mold: Mold, run: Run, one: Observation) -> tuple[str | None, int]:
+    """The attribute that a conversion can exchange, proven by exchanging it, and the dimension of neurons there.
 
     An attribute qualifies if each time it was called it heard the gate branch. Then the conversion is rehearsed: it
     answers with fresh noise, and for a dense block the up projection is twice as wide; the noise must reach the down
     projection.
     """
     times = sum(call.path == one.gate.path for call in run.trace.calls)
-    matching = []
+    matching: dict[str, int] = {}
     for path in dict.fromkeys(heard.path for heard in run.trace.heard):
         inputs = [heard.x for heard in run.trace.heard if heard.path == path]
-        if len(inputs) == times and any(_same(x.reshape(-1, x.shape[-1]), one.gate_NF) for x in inputs):
-            matching.append(path)
+        dims = [dim for dim in (-1, 1) if any(_same(_channels_last(x, dim), one.gate_NF) for x in inputs)]
+        if len(inputs) == times and dims:
+            matching[path] = dims[0]
     for path in sorted(matching, key=lambda path: (_wraps(block, path), path.count("."))):
-        rehearsal = Rehearsal(path, one.up.path if one.fit.layout == "dense" else None)
+        rehearsal = Rehearsal(path, one.up.path if one.fit.layout == "dense" else None, matching[path])
         again = play(block, mold, run.recipe, rehearsal)
         if again.error == run.error and _reaches(again.trace, one, rehearsal):
-            return path
-    return None
+            return path, matching[path]
+    return None, -1
+
+
+def _channels_last(x: torch.Tensor, dim: int) -> torch.Tensor:
+    moved = x.movedim(dim, -1) if x.ndim > 2 else x
+    return moved.reshape(-1, moved.shape[-1])
 
 
 def _reaches(trace: Trace, one: Observation, rehearsal: Rehearsal) -> bool:
@@ -181,7 +189,7 @@ def _reaches(trace: Trace, one: Observation, rehearsal: Rehearsal) -> bool:
     if not len(downs) == len(ups) == len(rehearsal.given):
         return False
     for up, down, given in zip(ups, downs, rehearsal.given, strict=True):
-        expected = given.reshape(-1, given.shape[-1])
+        expected = _channels_last(given, rehearsal.dim)
         if one.fit.layout != "dense":
             value_NF = value_of(up, down, one.fit)
             if value_NF.shape != expected.shape:

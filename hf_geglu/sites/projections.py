@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 Form = Literal["linear", "conv1d", "pointwise", "convolution", "stack", "stack_transposed"]
 """linear: weight (out, in). conv1d: GPT-2's Conv1D, weight (in, out). pointwise: an nn.Conv* of kernel 1.
-convolution: wider. stack: a parameter of a module that is no projection, (experts, out, in); stack_transposed: (experts,
-in, out)."""
+convolution: wider. stack: a parameter of a module that is no projection, (experts, out, in); stack_transposed:
+(experts, in, out)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class Port:
     d_in: int
     d_out: int
     form: Form
+    groups: int = 1
+    """Of a pointwise convolution: each group of outputs reads a group of inputs of its own."""
 
     @property
     def convolves(self) -> bool:
@@ -44,14 +46,20 @@ def read_port(module: nn.Module) -> Port | None:
     if isinstance(module, Conv1D):
         return Port(module.nx, module.nf, "conv1d")
     if isinstance(module, _ConvNd):
-        pointwise = module.groups == 1 and all(extent == 1 for extent in (*module.kernel_size, *module.stride))
-        return Port(module.in_channels, module.out_channels, "pointwise" if pointwise else "convolution")
+        if all(extent == 1 for extent in (*module.kernel_size, *module.stride)) and not _depthwise(module):
+            return Port(module.in_channels, module.out_channels, "pointwise", module.groups)
+        return Port(module.in_channels, module.out_channels, "convolution")
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not (isinstance(d_in, int) and isinstance(d_out, int)):
         return None
     if isinstance(module, nn.Linear) or not module._modules or "base_layer" in module._modules:
         return Port(d_in, d_out, "linear")
     return None
+
+
+def _depthwise(convolution: _ConvNd) -> bool:
+    """Whether it only scales its channels, each by itself."""
+    return convolution.groups > 1 and convolution.groups == convolution.in_channels
 
 
 def leads_on(first: Port, second: Port) -> bool:

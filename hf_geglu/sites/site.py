@@ -42,7 +42,13 @@ class Site:
     gate_half: GateHalf | None = None
     """Which half of a packed projection is the gate; for interleaved ones "first" means the even positions."""
     projection: Projection = "linear"
-    """`"linear"`: weight is (out, in), as in nn.Linear. "conv1d": weight is (in, out), as in GPT-2's Conv1D."""
+    """How gate and up lie in memory. "linear": weight (out, in), as in nn.Linear. "conv1d": (in, out), as in GPT-2's
+    Conv1D. "pointwise": (out, in, 1...), a convolution of kernel 1. "stack": a parameter (experts, out, in);
+    "stack_transposed": (experts, in, out); their paths are those of the parameters."""
+    groups: int = 1
+    """Of a pointwise convolution, whose groups of outputs read groups of inputs."""
+    dim: int = -1
+    """The dimension of what the activation is given that counts neurons: 1 between convolutions."""
     value_offset: float = 0.0
     """Constant added to the value branch before the product (1.0 in gpt-oss)."""
     d_in: int

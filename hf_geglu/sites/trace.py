@@ -49,10 +49,12 @@ class Heard:
 
 @dataclass(slots=True)
 class Rehearsal:
-    """Plays a conversion through: `wide` answers twice as wide, and the attribute at `substitute` gives new values."""
+    """Plays a conversion through: `wide` answers twice as wide, and the attribute at `substitute` gives new values,
+    half as many in `dim`."""
 
     substitute: str
     wide: str | None
+    dim: int
     given: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -125,12 +127,15 @@ class Trace(TorchFunctionMode):
 
     def _tap(self, twin: nn.Module, path: str, port: Port, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Stands for the forward of a projection."""
+        widened = self._rehearsal is not None and self._rehearsal.wide == path
         if port.convolves:
             shape = _convolved(twin, x)
+            if widened:
+                channels = x.ndim - len(twin.kernel_size) - 1  # type: ignore[arg-type]
+                shape = (*shape[:channels], 2 * shape[channels], *shape[channels + 1 :])
         elif x.shape[-1] != port.d_in:
             raise ProbeError(f"{path} expects width {port.d_in} and was given {tuple(x.shape)}")
         else:
-            widened = self._rehearsal is not None and self._rehearsal.wide == path
             shape = (*x.shape[:-1], port.d_out * (2 if widened else 1))
         self.last_stub = None  # whatever goes wrong from here on is not for the form of its answer
         out = self.noise(shape).requires_grad_()
@@ -142,8 +147,10 @@ class Trace(TorchFunctionMode):
         x = args[0] if args else None
         before = x.detach().clone() if isinstance(x, torch.Tensor) else None
         if before is not None and self._rehearsal is not None and self._rehearsal.substitute == path:
-            shape = (*before.shape[:-1], before.shape[-1] // 2) if self._rehearsal.wide else before.shape
-            self._rehearsal.given.append(self.noise(shape))
+            shape = list(before.shape)
+            if self._rehearsal.wide:
+                shape[self._rehearsal.dim] //= 2
+            self._rehearsal.given.append(self.noise(torch.Size(shape)))
             return self._rehearsal.given[-1].clone()
         y = function(*args, **kwargs)
         if before is not None and isinstance(y, torch.Tensor):

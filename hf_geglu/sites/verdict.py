@@ -149,8 +149,6 @@ def _unfit(one: Observation) -> str | None:
         return f"{seen.activation} between {up.path} and {down.path} saturates: a pooler or a gate, not an FFN"
     if seen.layout == "dense" and down.port.d_in < up.port.d_in and not up.port.stacked:
         return f"a bottleneck ({up.port.d_in} -> {down.port.d_in} -> {down.port.d_out}): an adapter or squeeze-excite"
-    if up.port.form == "pointwise" or down.port.form == "pointwise":
-        return f"{seen} in 1x1 convolutions ({up.path}, {down.path}): only linear projections are converted so far"
     if one.runner_up is not None and one.runner_up.holds:
         return f"{seen} and {one.runner_up} cannot be told apart"
     return None

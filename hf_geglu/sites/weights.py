@@ -57,13 +57,12 @@ def entries(bias: torch.Tensor, outputs_N: torch.Tensor, experts_N: torch.Tensor
     return bias[experts_N, outputs_N] if bias.dim() == 2 else bias[outputs_N]
 
 
-def parameters_of(model: nn.Module, site: Site) -> dict[str, nn.Parameter]:
-    """Weights and biases of the gate and up projections, by name: all that a conversion changes."""
-    names = [
-        name(path, site.projection) for path in dict.fromkeys((site.gate, site.up)) for name in (weight_name, bias_name)
-    ]
+def parameters_of(model: nn.Module, site: Site, *, down: bool = False) -> dict[str, nn.Parameter]:
+    """Weights and biases of the gate and up projections by name, all that a conversion changes; with `down` the down
+    projection's too."""
+    paths = dict.fromkeys((site.gate, site.up, *([site.down] if down else ())))
     found: dict[str, nn.Parameter] = {}
-    for name in names:
+    for name in (name(path, site.projection) for path in paths for name in (weight_name, bias_name)):
         owner, _, attribute = name.rpartition(".")
         parameter = model.get_submodule(owner)._parameters.get(attribute)
         if parameter is not None:
