@@ -11,9 +11,11 @@ from torch import nn
 
 from hf_geglu.distance import Comparison, Outputs, cast, comparison, is_causal, outputs_of
 from hf_geglu.errors import PlanError
+from hf_geglu.fingerprint import fingerprint
 from hf_geglu.inputs import Inputs, synthetic_inputs
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import GeluForm, Plan, make_plan
+from hf_geglu.provenance import Provenance, base_of, forget, remember
 from hf_geglu.selection import Layers
 from hf_geglu.surgery import apply, revert
 from hf_geglu.verify import Report, check_exactness, check_sites, check_values
@@ -63,6 +65,7 @@ def convert(
     before: dict[torch.dtype, Outputs] = {}
     if verify == "model" and plan.converted:
         before, inputs, note = _first_run(model, inputs)
+    base = base_of(getattr(model, "config", None), fingerprint(model)) if plan.converted else None
     undo = apply(model, plan)
     try:
         sites = check_sites(model, undo)
@@ -76,7 +79,7 @@ def convert(
     except BaseException:
         revert(model)
         raise
-    return Report(
+    report = Report(
         model_class=plan.model_class,
         variant=plan.variant,
         tier=plan.tier,
@@ -88,6 +91,10 @@ def convert(
         response=response,
         note=note if plan.converted else f"every selected block is {plan.variant} already; nothing was changed",
     )
+    if base is not None:
+        remember(model, Provenance(base=base, plan=plan, report=report.to_dict(), step0=fingerprint(model)))
+        undo.steps.append(lambda: forget(model))
+    return report
 
 
 def _first_run(model: nn.Module, inputs: Inputs | None) -> tuple[dict[torch.dtype, Outputs], Inputs | None, str]:

@@ -13,6 +13,8 @@
     ├── AdapterError          an adapter that was trained on another base
     ├── KernelError           a kernel of another package that would compute another function
     ├── OutputError           an output folder that must not be written
+    ├── ManifestError         a saved variant whose manifest is missing, damaged or not true
+    ├── PushError             a folder that must not be published
     ├── DataError             a dataset that cannot be trained on
     └── TrainingError         a run that cannot start, continue or resume
         └── ConfigurationError  contradictory or impossible settings of a run
@@ -75,6 +77,14 @@ class KernelError(HfGegluError):
 
 class OutputError(HfGegluError):
     """An output folder that must not be written."""
+
+
+class ManifestError(HfGegluError):
+    """A saved variant whose manifest is missing, damaged or not true."""
+
+
+class PushError(HfGegluError):
+    """A folder that must not be published; nothing was uploaded."""
 
 
 class DataError(HfGegluError):

@@ -265,6 +265,10 @@ def test_checkpoint_that_lacks_a_block(tmp_path):
         hf_geglu.from_pretrained(transformers.AutoModelForMaskedLM, tmp_path / "base")
 
 
+def _content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_save_folder_is_all_or_nothing(tmp_path, monkeypatch):
     model = tiny("bert")
     hf_geglu.convert(model)
@@ -272,7 +276,7 @@ def test_save_folder_is_all_or_nothing(tmp_path, monkeypatch):
     assert (target / "config.json").is_file()
     with pytest.raises(OutputError, match="not empty"):
         save_folder(model, target)
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    before = _content(target)
 
     class Tokenizer:
         def save_pretrained(self, folder):
@@ -280,7 +284,7 @@ def test_save_folder_is_all_or_nothing(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError, match="disk full"):
         save_folder(model, target, tokenizer=Tokenizer(), overwrite=True)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert _content(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (target / "stale").write_text("x")
     save_folder(model, target, overwrite=True)

@@ -25,6 +25,7 @@ LAYERS = [
     ["inputs"],
     ["distance"],
     ["verify"],
+    ["provenance"],
     ["converting", "config", "neighbours"],
     ["hub"],
     ["training"],

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from hf_geglu.cli import publishing
 from hf_geglu.errors import HfGegluError
 
 app = typer.Typer(
@@ -90,8 +91,19 @@ def convert(
     )
     print(report)
     processor = load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
-    save_folder(converted, output_dir, tokenizer=processor, max_shard_size=max_shard_size, overwrite=overwrite)
+    save_folder(
+        converted,
+        output_dir,
+        tokenizer=processor,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        command=sys.argv,
+    )
     print(f"saved in {output_dir}")
+
+
+for _command in publishing.COMMANDS:
+    app.command()(_command)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -120,7 +132,7 @@ def demo(
     """Convert, verify, fine-tune and reload a real model on real text, and print the numbers side by side."""
     from hf_geglu.demo.run import run_demo
 
-    run_demo(model, output_dir, steps=steps, overwrite=overwrite, console=Console())
+    run_demo(model, output_dir, steps=steps, overwrite=overwrite, console=Console(), command=sys.argv)
 
 
 def main() -> None:

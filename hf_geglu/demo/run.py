@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from hf_geglu.demo.text import stdlib_corpus
 from hf_geglu.demo.weights import smollm2_folder
 from hf_geglu.distance import compare
 from hf_geglu.errors import HfGegluError
-from hf_geglu.hub import check_output, load, load_processor, whole_folder
+from hf_geglu.hub import check_output, load, load_processor, save_folder, whole_folder
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import make_plan
+from hf_geglu.provenance import LedgerRow, TrainingRecord
 from hf_geglu.skeleton import architecture
 from hf_geglu.surgery import forget_original
 from hf_geglu.training import (
@@ -45,6 +47,7 @@ from hf_geglu.training import (
     objective_for,
     train,
 )
+from hf_geglu.training.lineage import tokens_sha256
 
 BLOCK_SIZE = 128
 """Tokens a block: short ones leave a CPU more steps in the same time."""
@@ -78,7 +81,13 @@ class _Material:
 
 
 def run_demo(
-    model: str | None, output_dir: Path, *, steps: int, overwrite: bool = False, console: Console | None = None
+    model: str | None,
+    output_dir: Path,
+    *,
+    steps: int,
+    overwrite: bool = False,
+    console: Console | None = None,
+    command: Sequence[str] = (),
 ) -> Ledger:
     """Find, plan, convert, verify, fine-tune beside a control, save, and reload in a process without this package.
 
@@ -88,6 +97,7 @@ def run_demo(
         steps: optimizer steps of each of the two trainings.
         overwrite: replace what `output_dir` holds.
         console: where to print.
+        command: words of the command line, for the manifest.
 
     Raises:
         OutputError: `output_dir` must not be written.
@@ -144,8 +154,9 @@ def run_demo(
     with whole_folder(output_dir, overwrite=overwrite) as draft:
         console.rule("save, and reload in a clean process")
         saved = draft / "variant"
-        variant.save_pretrained(saved)
-        tokenizer.save_pretrained(saved)
+        curves = _picture(draft / "loss.png", name, rows, trained, controlled)
+        record = _record(task, rows, material, trained)
+        save_folder(variant, saved, tokenizer=tokenizer, training=record, command=command, curves=curves)
         difference = _reload(saved, variant, material)
         how = "plain transformers" if report.tier == "native" else "trust_remote_code=True"
         console.print(f"without hf_geglu, by {how}: largest difference of logits {difference}", highlight=False)
@@ -161,7 +172,6 @@ def run_demo(
             seconds=round(time.perf_counter() - begin, 1),
         )
         (draft / "ledger.json").write_text(json.dumps(ledger.to_dict(), indent=2) + "\n", encoding="utf-8")
-        _picture(draft / "loss.png", ledger, trained, controlled)
 
     console.rule("ledger")
     console.print(ledger.table())
@@ -206,8 +216,8 @@ def _material(tokenizer: Any, task: Task, console: Console) -> _Material:
     return _Material(task, objective_for(task, tokenizer), train_blocks, held_out)
 
 
-def _train(model: Any, material: _Material, steps: int, name: str, console: Console) -> TrainResult:
-    settings = TrainSettings(
+def _settings(steps: int) -> TrainSettings:
+    return TrainSettings(
         max_steps=steps,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
@@ -218,6 +228,10 @@ def _train(model: Any, material: _Material, steps: int, name: str, console: Cons
         save_steps=0,
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+def _train(model: Any, material: _Material, steps: int, name: str, console: Console) -> TrainResult:
+    settings = _settings(steps)
     with _bar(console, name, steps) as bar:
 
         def on_step(record: StepRecord) -> None:
@@ -276,16 +290,40 @@ def _reload(folder: Path, variant: Any, material: _Material) -> float:
     return float(result.stdout.split()[-1])
 
 
-def _picture(path: Path, ledger: Ledger, trained: TrainResult, controlled: TrainResult) -> None:
-    original, naive = ledger.rows[:2]
-    loss_curves(
+def _picture(path: Path, name: str, rows: Sequence[Row], trained: TrainResult, controlled: TrainResult) -> Path:
+    original, naive = rows[:2]
+    return loss_curves(
         path,
         {
             "control": [(record.step, record.nll) for record in controlled.evals],
             "hf_geglu": [(record.step, record.nll) for record in trained.evals],
         },
         marks={"original": original.nll, "naive swap": naive.nll},
-        title=f"{ledger.model}: fine-tuning the variant and its control",
+        title=f"{name}: fine-tuning the variant and its control",
+    )
+
+
+def _record(task: Task, rows: Sequence[Row], material: _Material, trained: TrainResult) -> TrainingRecord:
+    """For manifest and card of the variant."""
+    settings = _settings(len(trained.steps))
+    return TrainingRecord(
+        task=task,
+        steps=len(trained.steps),
+        tokens=trained.tokens,
+        seed=settings.seed,
+        data="documentation of the Python standard library",
+        revision=f"Python {platform.python_version()}",
+        data_fingerprint=tokens_sha256(material.train),
+        settings={
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": settings.lr_scheduler_type,
+            "warmup_ratio": settings.warmup_ratio,
+            "batch": BATCH,
+            "block_size": BLOCK_SIZE,
+        },
+        ledger=tuple(LedgerRow(name=row.name, nll=row.nll, perplexity=row.perplexity, kl=row.kl) for row in rows),
+        held_out_tokens=trained.evals[-1].tokens,
+        control=True,
     )
 
 

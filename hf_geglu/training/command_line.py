@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_geglu.errors import ConfigurationError, HfGegluError
@@ -91,9 +92,10 @@ def main(
     """
     first_process = os.environ.get("RANK", "0") == "0"
     try:
-        settings = parse(sys.argv[1:] if argv is None else argv, prog=prog, description=description)
+        words = sys.argv[1:] if argv is None else argv
+        settings = parse(words, prog=prog, description=description)
         _be_quiet(first_process)
-        result = finetune(settings, task)
+        result = finetune(settings, task, command=[*(prog or Path(sys.argv[0]).name).split(), *words])
     except HfGegluError as error:
         if first_process:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -7,6 +7,7 @@ that no end-of-text token cuts a paragraph that was merely wrapped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 STREAM_HELD_OUT = 256
 """Rows at the head of a stream that are evaluated on where there is no validation set and no --max_eval_samples."""
 
+_COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
+
 Rows: TypeAlias = Any
 """`datasets.Dataset` or `datasets.IterableDataset`."""
 
@@ -48,12 +51,14 @@ class Corpus:
         validation: the same, the last one perhaps shorter; None without an evaluation.
         lines: for people: what was read, what was dropped.
         column: where the text was.
+        revision: commit of the dataset's repository on the Hub; None for local files, or where `datasets` does not say.
     """
 
     train: Blocks
     validation: TokenBlocks | None
     lines: tuple[str, ...]
     column: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def load_corpus(data: DataSettings, tokenizer: Any, *, task: Task, block_size: i
     """
     source = _open(data)
     column = find_text_column(_columns(source.train), data.text_column)
+    revision = hub_revision(source.train)
     train, validation = _split(source, column, data, seed=seed)
     joined = source.joined and not data.line_by_line
     packing = packing_for(task, tokenizer, block_size=block_size, one_each=data.line_by_line, joined=joined)
@@ -132,11 +138,18 @@ def load_corpus(data: DataSettings, tokenizer: Any, *, task: Task, block_size: i
     if data.streaming:
         stream = StreamedBlocks(lambda: blocks(train, Tally(), keep_tail=False))
         _require_first_block(stream, packing)
-        return Corpus(stream, held, ("training: a stream, read in its own order", *lines), column)
+        return Corpus(stream, held, ("training: a stream, read in its own order", *lines), column, revision)
     tally = Tally()
     packed = TokenBlocks.of(blocks(train, tally, keep_tail=False))
     require_blocks(tally, packing)
-    return Corpus(packed, held, (tally.line("training"), *lines), column)
+    return Corpus(packed, held, (tally.line("training"), *lines), column, revision)
+
+
+def hub_revision(rows: Rows) -> str | None:
+    """The commit of a dataset's repository, out of the addresses that `datasets` read: hf://datasets/NAME@COMMIT/FILE."""
+    checksums = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
+    commits = {match[1] for address in checksums if (match := _COMMIT.match(str(address)))}
+    return commits.pop() if len(commits) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_geglu.errors import OutputError, TrainingError
+from hf_geglu.provenance import TrainingRecord
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
 from hf_geglu.training.settings import LATEST, OutputSettings
 
@@ -41,16 +42,24 @@ class RunFolder:
                 for old in list(self.path.glob(pattern)):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
-    def publish(self, model: Any, tokenizer: Any) -> None:
-        """Save the finished model. It is written beside and then moved in file by file, config.json last: a folder
-        with a
-        config holds a whole model, while logs and checkpoints stay where they are."""
+    def publish(
+        self, model: Any, tokenizer: Any, training: TrainingRecord | None = None, command: Sequence[str] = ()
+    ) -> None:
+        """Save the finished model and its papers. It is written beside and then moved in file by file, config.json
+        last: a folder with a config holds a whole model, while logs and checkpoints stay where they are. A card that a
+        person wrote stays too; ours then lies beside it."""
         from hf_geglu.hub import save_folder
+        from hf_geglu.hub.card import CARD, is_ours
+        from hf_geglu.hub.manifest import FOLDER
 
         self.open()
         draft = self.path / ".model"
-        save_folder(model, draft, tokenizer=tokenizer, overwrite=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        name = self.path.resolve().name
+        kept = None if is_ours(self.path / CARD) else self.path / CARD
+        save_folder(model, draft, tokenizer=tokenizer, training=training, command=command, name=name, keep_card=kept)
         (self.path / "config.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path / FOLDER, ignore_errors=True)
         for old in self.path.glob("model*.safetensors*"):
             old.unlink()
         for new in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
@@ -59,6 +68,14 @@ class RunFolder:
                 shutil.rmtree(target)
             os.replace(new, target)
         draft.rmdir()
+
+    def amend(self, training: TrainingRecord) -> None:
+        """Complete the papers of the published model with what was measured after it was saved: its control."""
+        from hf_geglu.hub.manifest import MANIFEST
+        from hf_geglu.hub.papers import amend
+
+        if (self.path / MANIFEST).is_file():  # a model that was not converted has none
+            amend(self.path, training=training)
 
 
 def check_output(output: OutputSettings, *, sources: Iterable[str] = ()) -> tuple[RunFolder, Path | None]:

@@ -8,7 +8,7 @@ comes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from hf_geglu.hub import load
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
 from hf_geglu.training.corpus import Corpus, load_corpus
+from hf_geglu.training.lineage import training_record
 from hf_geglu.training.log import Narrator, RunLog, to_json
 from hf_geglu.training.loop import make_accelerator, train
 from hf_geglu.training.objectives import Objective, Task, objective_for
@@ -99,16 +100,20 @@ def _summary(run: TrainResult) -> dict[str, Any]:
     }
 
 
-def finetune(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None = None) -> RunResult:
+def finetune(
+    settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None = None, command: Sequence[str] = ()
+) -> RunResult:
     """Fine-tune a causal or masked language model and save it.
 
-    Leaves in the output folder: the model with tokenizer and generation config, train_log.jsonl, eval_log.jsonl,
+    Leaves in the output folder: the model with tokenizer and generation config (a variant also with manifest, golden
+    outputs and model card, which have the run's numbers), train_log.jsonl, eval_log.jsonl,
     settings.json, results.json, the newest checkpoints, and for a control the folder control with the same logs.
 
     Args:
         settings: all of them.
         task: "clm" predicts the next token, "mlm" hidden ones.
         convert_fn: what --convert calls; by default `hf_geglu.convert` with --variant and --layers.
+        command: words of the command line, for the manifest.
 
     Raises:
         ConfigurationError: settings that cannot be.
@@ -147,7 +152,8 @@ def finetune(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None 
         _tell(accelerator, line)
     trained = run.train("model", model, folder.path, resume_from)
     if accelerator.is_main_process:
-        folder.publish(model, tokenizer)
+        record = training_record(settings, task, corpus, trained)
+        folder.publish(model, tokenizer, record, command)
     del model  # before the control is loaded: both would need twice the memory
 
     control = None
@@ -157,6 +163,8 @@ def finetune(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None 
         control = run.train("control", unconverted, place, CheckpointFolder(place).latest() if resume_from else None)
     result = RunResult(task, trained, control, report, corpus.lines, total)
     if accelerator.is_main_process:
+        if control is not None:
+            folder.amend(training_record(settings, task, corpus, trained, control=control))
         _write_json(folder.path / "results.json", result.to_dict())
     accelerator.wait_for_everyone()
     return result

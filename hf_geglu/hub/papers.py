@@ -1,0 +1,202 @@
+"""The papers of a variant: golden outputs, manifest, card. Written into a folder that holds the saved model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from hf_geglu.errors import ManifestError
+from hf_geglu.fingerprint import Fingerprint, fingerprint
+from hf_geglu.hub.card import CURVES, write_card
+from hf_geglu.hub.golden import write_golden
+from hf_geglu.hub.licence import BaseCard, Licence, base_card, copy_licence_files, licence_from
+from hf_geglu.hub.manifest import (
+    GOLDEN,
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    sealed_files,
+    versions,
+    write_manifest,
+)
+from hf_geglu.hub.privacy import command_line
+from hf_geglu.provenance import Base, Provenance, TrainingRecord, recall
+
+
+def write_papers(
+    folder: Path,
+    provenance: Provenance,
+    *,
+    model: nn.Module | None = None,
+    model_class: str | None = None,
+    kind: Literal["model", "delta"] = "model",
+    command: Sequence[str] = (),
+    max_shard_size: str | int | None = None,
+    name: str | None = None,
+    base_folder: Path | None = None,
+    curves: Path | None = None,
+) -> Manifest:
+    """Write golden outputs, manifest and card of a variant that was saved in `folder`.
+
+    Args:
+        folder: holds config and weights.
+        provenance: base, plan, report, trainings: what is known.
+        model: the saved model; without one (a checkpoint that was never in memory) there are no golden outputs.
+        model_class: name of the saved class, where `model` is not given or is wrapped.
+        kind: of the artefact.
+        command: words of the command that made it, as in `sys.argv`.
+        max_shard_size: that the weights were saved with.
+        name: for the card's title; the folder's by default.
+        base_folder: where the base lies, if it is a local folder: its card and licence files are read there.
+        curves: a PNG of the loss curves.
+
+    Returns:
+        The manifest.
+    """
+    missing: str | None = "the checkpoint was converted file by file, the model was never in memory"
+    weights: Fingerprint | None = None
+    if model is not None:
+        model_class = model_class or type(model).__name__
+        missing = write_golden(model, folder / GOLDEN)
+        weights = fingerprint(model)
+    if model_class is None:
+        raise ManifestError("neither model nor model_class was given; expected one of them, to say what was saved")
+    if curves is not None:
+        (folder / CURVES).parent.mkdir(exist_ok=True)
+        (folder / CURVES).write_bytes(curves.read_bytes())
+    if base_folder is not None:
+        copy_licence_files(base_folder, folder)
+    manifest = Manifest(
+        kind=kind,
+        model_class=model_class,
+        provenance=provenance,
+        weights=weights,
+        command=command_line(command) or None,
+        max_shard_size=max_shard_size,
+        versions=versions(),
+        files=sealed_files(folder),
+        golden=missing,
+    )
+    write_manifest(folder, manifest)
+    inherited = base_card(provenance.base, base_folder)
+    write_card(folder, read_manifest(folder), inherited=inherited, name=name or folder.name)
+    return manifest
+
+
+def document(
+    model: nn.Module,
+    folder: Path,
+    *,
+    training: TrainingRecord | None = None,
+    command: Sequence[str] = (),
+    max_shard_size: str | int | None = None,
+    name: str | None = None,
+    curves: Path | None = None,
+) -> Manifest | None:
+    """`write_papers` for a model in memory, with what the model knows of itself.
+
+    Args:
+        model: converted in this process, or loaded from a folder or repository that has a manifest.
+        folder: where it was saved.
+        training: since it was converted or loaded.
+        command: see `write_papers`, as for the rest.
+        max_shard_size: see there.
+        name: see there.
+        curves: see there.
+
+    Returns:
+        The manifest; None for a model that is no variant as far as anyone can tell, which gets no papers.
+    """
+    provenance = known_provenance(model)
+    if provenance is None:
+        return None
+    return write_papers(
+        folder,
+        provenance.after(training),
+        model=model,
+        command=command,
+        max_shard_size=max_shard_size,
+        name=name,
+        base_folder=source_folder(model),
+        curves=curves,
+    )
+
+
+def known_provenance(model: nn.Module) -> Provenance | None:
+    """Where a model comes from: from its conversion in this process, or from the manifest beside the weights that it
+    was loaded from. A portable variant without either is one of unknown provenance; None for any other model."""
+    provenance = recall(model)
+    if provenance is not None:
+        return provenance
+    manifest = _source_manifest(model)
+    if manifest is not None:
+        return manifest.provenance
+    return Provenance(base=Base()) if hasattr(getattr(model, "config", None), "geglu") else None
+
+
+def source_folder(model: nn.Module) -> Path | None:
+    """The local folder that a model was loaded from, if it was one."""
+    named = _name_or_path(model)
+    return Path(named) if named and os.path.isdir(named) else None
+
+
+def _name_or_path(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def _source_manifest(model: nn.Module) -> Manifest | None:
+    folder = source_folder(model)
+    if folder is not None:
+        return read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    named = _name_or_path(model)
+    if not named:
+        return None
+    from huggingface_hub import hf_hub_download
+
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    try:
+        path = Path(hf_hub_download(named, MANIFEST, revision=commit))
+    except (OSError, ValueError):  # a base, or no network: nothing is known, which the card then says
+        return None
+    return read_manifest(path.parent.parent)
+
+
+def amend(
+    folder: Path, *, training: TrainingRecord | None = None, name: str | None = None, licence: Licence | None = None
+) -> Manifest:
+    """Replace what became known later: the last training's record (with its control), the name, the licence.
+
+    Golden outputs and weights stay as they are. A card that a person wrote or edited stays too.
+
+    Args:
+        folder: of the variant.
+        training: takes the place of the last one.
+        name: for the card; the folder's by default.
+        licence: of the base, where its card does not name one.
+    """
+    manifest = read_manifest(folder)
+    if training is not None:
+        trainings = (*manifest.trainings[:-1], training)
+        manifest = replace(manifest, provenance=replace(manifest.provenance, trainings=trainings))
+        write_manifest(folder, manifest)
+    inherited = inherited_by(folder)
+    if licence is not None:
+        inherited = replace(inherited, licence=licence)
+    write_card(folder, manifest, inherited=inherited, name=name or folder.name)
+    return manifest
+
+
+def inherited_by(folder: Path) -> BaseCard:
+    """What the card of a folder has inherited already."""
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return BaseCard()
+    data: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    return BaseCard(licence=licence_from(data), language=data.get("language"), pipeline_tag=data.get("pipeline_tag"))

@@ -1,0 +1,147 @@
+"""Where a converted model comes from: kept on the model from `convert` on, for the manifest that is saved with it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_geglu.fingerprint import Fingerprint
+from hf_geglu.plan import Plan
+
+_KEY = "_hf_geglu_provenance"
+_SNAPSHOT = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The model that was converted.
+
+    Attributes:
+        id: on the Hub; None for a local folder.
+        name: the id, or the last component of the folder (never its path); None where nothing is known.
+        commit: of the Hub repository.
+        fingerprint: of its weights before the conversion.
+    """
+
+    id: str | None = None
+    name: str | None = None
+    commit: str | None = None
+    fingerprint: Fingerprint | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRow:
+    """One model on the held-out data.
+
+    Attributes:
+        name: "original", "step 0", "step 500", "control, step 500"...
+        nll: mean negative log-likelihood, nats per predicted token.
+        perplexity: exp(nll).
+        kl: KL(original || this model), nats per token, where it was measured.
+    """
+
+    name: str
+    nll: float
+    perplexity: float
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRecord:
+    """One training of a variant.
+
+    Attributes:
+        task: "clm", "mlm"...
+        steps: optimizer steps.
+        tokens: that went through the model.
+        seed: of data order, dropout and masks.
+        data: name of the dataset, as a reader knows it.
+        dataset_id: on the Hub, None for local files.
+        revision: of the dataset, where it has one.
+        data_fingerprint: SHA-256 of the training tokens in order, where they are all at hand.
+        settings: what the result depends on.
+        ledger: base, step 0, final, control: as far as measured.
+        held_out_tokens: behind each row.
+        control: whether the last row is the unconverted model after the same training.
+    """
+
+    task: str
+    steps: int
+    tokens: int
+    seed: int | None = None
+    data: str | None = None
+    dataset_id: str | None = None
+    revision: str | None = None
+    data_fingerprint: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    ledger: tuple[LedgerRow, ...] = ()
+    held_out_tokens: int = 0
+    control: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """How a model became a variant.
+
+    Attributes:
+        base: what it was.
+        plan: what was done; None for a variant that was made from a config (`geglu_config`), or whose plan is lost.
+        report: what was measured then, as plain JSON types.
+        step0: fingerprint right after the conversion.
+        trainings: since then, oldest first, as far as this package did them.
+    """
+
+    base: Base
+    plan: Plan | None = None
+    report: Mapping[str, Any] | None = None
+    step0: Fingerprint | None = None
+    trainings: tuple[TrainingRecord, ...] = ()
+
+    def after(self, training: TrainingRecord | None) -> Provenance:
+        """With one training more."""
+        return self if training is None else replace(self, trainings=(*self.trainings, training))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
+        """Frozen: a copied model shares it."""
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A pickled model comes without it, so that a process without this package can read a native one."""
+        return type(None), ()
+
+
+def base_of(config: Any, fingerprint: Fingerprint | None = None) -> Base:
+    """What a config knows of the checkpoint that it was loaded from."""
+    named = str(getattr(config, "_name_or_path", "") or "")
+    commit = getattr(config, "_commit_hash", None)
+    cached = _SNAPSHOT.search(named)
+    if cached:
+        hub_id = f"{cached['owner']}/{cached['name']}"
+        return Base(id=hub_id, name=hub_id, commit=cached["commit"], fingerprint=fingerprint)
+    if not named or os.path.exists(named) or not _HUB_ID.fullmatch(named):
+        return Base(name=Path(named).resolve().name if named else None, fingerprint=fingerprint)
+    return Base(id=named, name=named, commit=commit, fingerprint=fingerprint)
+
+
+def remember(model: nn.Module, provenance: Provenance) -> None:
+    """Keep it on the model; a copy of the model keeps it too."""
+    model.__dict__[_KEY] = provenance
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what `remember` kept."""
+    model.__dict__.pop(_KEY, None)
+
+
+def recall(model: nn.Module) -> Provenance | None:
+    """What `remember` kept; None for a model that was not converted in this process."""
+    found = model.__dict__.get(_KEY)
+    assert found is None or isinstance(found, Provenance)
+    return found

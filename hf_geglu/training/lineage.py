@@ -1,0 +1,72 @@
+"""What a run tells manifest and card: data, settings, and the ledger of what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from hf_geglu.provenance import LedgerRow, TrainingRecord
+from hf_geglu.training.corpus import Corpus
+from hf_geglu.training.objectives import Task
+from hf_geglu.training.packing import TokenBlocks
+from hf_geglu.training.records import EvalRecord, TrainResult
+from hf_geglu.training.settings import DataSettings, RunSettings
+
+_TOLD = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "dtype", "mixed_precision", "bf16", "fp16"),
+)
+
+
+def training_record(
+    settings: RunSettings, task: Task, corpus: Corpus, trained: TrainResult, *, control: TrainResult | None = None
+) -> TrainingRecord:
+    """The record of a finished run; once more with its control when that is there."""
+    rows = []
+    if control is not None and control.evals:
+        rows.append(_row("original", control.evals[0]))
+    if trained.evals:
+        rows.append(_row("step 0" if settings.model.convert else "before this training", trained.evals[0]))
+        rows.append(_row(f"step {trained.evals[-1].step}", trained.evals[-1]))
+    if control is not None and control.evals:
+        rows.append(_row(f"control, step {control.evals[-1].step}", control.evals[-1]))
+    name, hub_id = _data_name(settings.data)
+    told = {key: getattr(settings.train, key) for key in _TOLD}
+    return TrainingRecord(
+        task=task,
+        steps=len(trained.steps),
+        tokens=trained.tokens,
+        seed=settings.train.seed,
+        data=name,
+        dataset_id=hub_id,
+        revision=corpus.revision,
+        data_fingerprint=tokens_sha256(corpus.train),
+        settings={key: value for key, value in told.items() if value not in (None, False, 0, 0.0)},
+        ledger=tuple(rows),
+        held_out_tokens=trained.evals[-1].tokens if trained.evals else 0,
+        control=control is not None and bool(control.evals),
+    )
+
+
+def tokens_sha256(blocks: Any) -> str | None:
+    """SHA-256 of the training tokens (int32, little-endian) and block borders (int64); None for a stream."""
+    if not isinstance(blocks, TokenBlocks):
+        return None
+    digest = hashlib.sha256(blocks.tokens.astype("<i4").tobytes())
+    digest.update(blocks.starts.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _row(name: str, record: EvalRecord) -> LedgerRow:
+    return LedgerRow(name=name, nll=record.nll, perplexity=record.perplexity)
+
+
+def _data_name(data: DataSettings) -> tuple[str, str | None]:
+    """(name for people, Hub id): files by their last component."""
+    if data.dataset_name is None:
+        return ", ".join(Path(name).name for name in data.train_file or ()), None
+    on_hub = not Path(data.dataset_name).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.dataset_name)
+    name = data.dataset_name if on_hub else Path(data.dataset_name).resolve().name
+    return name + (f" ({data.dataset_config_name})" * bool(data.dataset_config_name)), name if on_hub else None
