@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,9 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Outputs:
     devices = [parameter.device for parameter in model.parameters()][:1]
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         torch.manual_seed(0)
-        result = model(**inputs)
+        # nothing is generated here, and some caches are written in place, which gradients do not survive
+        cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        result = model(**cache, **inputs)
     if isinstance(result, torch.Tensor):
         result = {"output": result}
     elif isinstance(result, tuple | list):

@@ -16,11 +16,15 @@ Shapes: D hidden size, F intermediate size; a packed projection is D -> 2F.
 """
 
 from __future__ import annotations
+import __future__
 
+import ast
 import copy
 import functools
+import inspect
 import os
 import shutil
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -154,13 +158,130 @@ def get_attribute(root: nn.Module, path: str) -> Any:
     return getattr(root.get_submodule(parent_path), name)
 
 
-def _locate(model: nn.Module, path: str) -> str | None:
+EXPOSED = "gate_activation"
+"""The attribute that an exposed activation is called through."""
+
+
+def activation_calls(kind: type[nn.Module]) -> list[str]:
+    """What a class's `forward` calls on one expression, and so might be an activation that no attribute holds:
+    ``"F.silu(_)"``, ``"torch.square(torch.relu(_))"``; the second of a kind with a number, ``"F.relu(_) #1"``; in
+    another method with its name, ``"feed_forward: F.relu(_)"``."""
+    found: dict[str, None] = {}
+    for method in ("forward", *(name for name in vars(kind) if not name.startswith("__") and name != "forward")):
+        try:
+            function, tree = _parsed(kind, method)
+        except (OSError, TypeError, SyntaxError):  # no source, or none that stands alone
+            continue
+        counts: dict[str, int] = {}
+        for node in ast.walk(tree):
+            for pattern, _ in _readings(node) if isinstance(node, ast.Call) else ():
+                names = {name.id for name in ast.walk(ast.parse(pattern)) if isinstance(name, ast.Name)} - {"_"}
+                if all(name in function.__globals__ for name in names):
+                    counts[pattern] = number = counts.get(pattern, -1) + 1
+                    prefix = "" if method == "forward" else f"{method}: "
+                    found[f"{prefix}{pattern}{f' #{number}' if number else ''}"] = None
+    return list(found)
+
+
+def expose_activation(module: nn.Module, call: str) -> None:
+    """Make `module` call one of its `activation_calls` through an attribute of its own, `EXPOSED`, which holds it.
+
+    The instance gets a subclass of its class whose method is the same source with that one expression replaced; nothing
+    is computed otherwise.
+
+    Raises:
+        VariantLoadError: this version of the class has no such call.
+    """
+    method, pattern, _ = _parts(call)
+    scope = inspect.unwrap(getattr(type(module), method, type(module).forward)).__globals__
+    module.__class__ = _exposed_class(type(module), call)  # type: ignore[arg-type]
+    name = pattern.removesuffix("(_)")
+    expression = name if name != pattern and "(" not in name else f"lambda _: {pattern}"
+    setattr(module, EXPOSED, eval(expression, scope))  # an expression of that very class
+
+
+def _parts(call: str) -> tuple[str, str, int]:
+    """Method, expression and number of a call."""
+    head, separator, tail = call.partition(": ")
+    method, rest = (head, tail) if separator and head.isidentifier() else ("forward", call)
+    pattern, _, number = rest.partition(" #")
+    return method, pattern, int(number or 0)
+
+
+@functools.cache
+def _exposed_class(kind: type[nn.Module], call: str) -> type[nn.Module]:
+    method, pattern, number = _parts(call)
+    try:
+        function, tree = _parsed(kind, method)
+        found = [
+            (node, inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            for reading, inner in _readings(node)
+            if reading == pattern
+        ]
+        node, inner = found[number]
+    except (AttributeError, IndexError, OSError, TypeError) as error:
+        raise VariantLoadError(
+            f"{kind.__name__} does not call {call!r}, as the config of this GeGLU variant says; load it with the "
+            "transformers version in its config (`transformers_version`), or convert the base model again with this one"
+        ) from error
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    owner = ast.Name(definition.args.args[0].arg, ast.Load())
+    node.func, node.args, node.keywords = ast.Attribute(owner, EXPOSED, ast.Load()), [inner], []
+    flags = function.__code__.co_flags & __future__.annotations.compiler_flag
+    code = compile(ast.fix_missing_locations(tree), f"<{kind.__qualname__}.{method}>", "exec", flags, dont_inherit=True)
+    namespace: dict[str, Any] = {}
+    exec(code, function.__globals__, namespace)
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, method: namespace[definition.name]})
+
+
+def _parsed(kind: type[nn.Module], method: str) -> tuple[Any, ast.Module]:
+    """A method's function and its syntax tree. TypeError where the source would mean something else outside its
+    class."""
+    function = inspect.unwrap(getattr(kind, method))
+    if not inspect.isfunction(function) or function.__code__.co_freevars or not function.__code__.co_argcount:
+        raise TypeError(f"{kind.__name__}.{method} is no plain method")
+    return function, ast.parse(textwrap.dedent(inspect.getsource(function)))
+
+
+def _readings(call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
+    """A call as a function of one expression inside it: of its first argument or the object of a method, and of what
+    those are called on in turn. Each as source with that expression written as "_"."""
+    hole = ast.Name("_", ast.Load())
+    if call.args and not isinstance(call.args[0], ast.Starred):
+        inner = call.args[0]
+        outer = ast.Call(call.func, [hole, *call.args[1:]], call.keywords)
+    elif isinstance(call.func, ast.Attribute):
+        inner = call.func.value
+        outer = ast.Call(ast.Attribute(hole, call.func.attr, ast.Load()), [], call.keywords)
+    else:
+        return
+    text = ast.unparse(outer)
+    yield text, inner
+    for deeper, innermost in _readings(inner) if isinstance(inner, ast.Call) else ():
+        yield ast.unparse(_Fill(deeper).visit(ast.parse(text, mode="eval"))), innermost
+
+
+class _Fill(ast.NodeTransformer):
+    """Puts an expression in the place of "_"."""
+
+    def __init__(self, text: str) -> None:
+        self.expression = ast.parse(text, mode="eval").body
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.expression if node.id == "_" else node
+
+
+def _locate(model: nn.Module, path: str, call: str | None) -> str | None:
     """Where a site's path is in this class: a head keeps the base model under ``base_model_prefix``, the base does
-    not."""
+    not. An activation still to be exposed is where its module is."""
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
+        owner, _, name = candidate.rpartition(".")
         try:
-            get_attribute(model, candidate)
+            model.get_submodule(owner) if call and name == EXPOSED else get_attribute(model, candidate)
         except AttributeError:
             continue
         return candidate
@@ -178,7 +299,7 @@ def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[di
     present: set[str] = set()
     absent: dict[str, str] = {}
     for site in sites:
-        paths = {key: _locate(model, site[key]) for key in ("up", "activation") if site.get(key)}
+        paths = {key: _locate(model, site[key], site.get("call")) for key in ("up", "activation") if site.get(key)}
         tower = site["activation"].removeprefix(f"{prefix}.").split(".")[0]
         missing = [site[key] for key, path in paths.items() if path is None]
         if missing:
@@ -202,6 +323,8 @@ def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
     """Turn the freshly built blocks of `model` into those that ``config.geglu`` lists; weights come from the
     checkpoint."""
     for site in _located_sites(model, list(geglu["sites"])):
+        if "call" in site:
+            expose_activation(model.get_submodule(site["activation"].rpartition(".")[0]), site["call"])
         activation = get_attribute(model, site["activation"]) if site["gate"] is None else ACT2FN[site["gate"]]
         if site["up"] is not None:
             if "stack" in site:

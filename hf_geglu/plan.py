@@ -249,8 +249,9 @@ def _refuse_if_unfit(model: nn.Module, site: Site, shared: dict[str, list[str]],
     """What conversions cannot do; each reason with the way out."""
     if site.activation_path is None:
         raise ConversionError(
-            f"{type(model.get_submodule(site.block)).__name__} calls its activation inside `forward`, so there is no "
-            "attribute to replace; give the class such an attribute, or leave the layer out with `layers=`"
+            f"{type(model.get_submodule(site.block)).__name__} computes its activation inside `forward` in a way that "
+            "can be exchanged neither as an attribute nor as a call; give the class an attribute for it, or leave the "
+            "layer out with `layers=`"
         )
     if site.value_offset and scaling.beta != 1.0:
         raise ConversionError(

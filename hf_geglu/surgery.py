@@ -23,6 +23,7 @@ from hf_geglu.modeling_geglu import (
     TRIPWIRE,
     PackedGLU,
     config_entry,
+    expose_activation,
     get_attribute,
     set_attribute,
     set_config_entry,
@@ -31,6 +32,7 @@ from hf_geglu.modeling_geglu import (
 )
 from hf_geglu.native import activation_keys
 from hf_geglu.plan import Plan, SitePlan
+from hf_geglu.sites import Site
 from hf_geglu.sites.weights import is_stack, output_dim, parameters_of, weight_name
 
 _UNDO = "_hf_geglu_undo"
@@ -76,6 +78,7 @@ def apply(model: nn.Module, plan: Plan) -> Undo:
     undo = Undo(plan=plan)
     try:
         for entry in plan.converted:
+            _expose_activation(model, entry.site, undo)
             _rewrite_parameters(model, entry, undo)
             _replace_activation(model, entry, undo)
         if plan.converted:
@@ -166,6 +169,25 @@ def _rewrite_parameters(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
         _replace(model, change.name, new, undo)
 
 
+def _expose_activation(model: nn.Module, site: Site, undo: Undo) -> None:
+    """Where `forward` calls a function, give it the attribute that is then exchanged."""
+    if site.activation_call is None:
+        return
+    assert site.activation_path is not None
+    path, _, name = site.activation_path.rpartition(".")
+    module = model.get_submodule(path)
+    kind = type(module)
+    if hasattr(module, name):  # two blocks of one layer go through one call
+        return
+
+    def conceal() -> None:
+        delattr(module, name)
+        module.__class__ = kind
+
+    expose_activation(module, site.activation_call)
+    undo.steps.append(conceal)
+
+
 def _replace_activation(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
     path, packed = entry.site.activation_path, entry.conversion == "expand"
     assert path is not None
@@ -254,6 +276,8 @@ def site_entry(entry: SitePlan) -> dict[str, Any]:
         "gate": None if entry.keeps_activation else entry.scaling.gate,
         "width": site.width,
     }
+    if site.activation_call is not None:
+        recorded["call"] = site.activation_call
     if expands:
         recorded |= unit_settings(entry)
         if is_stack(site.projection):

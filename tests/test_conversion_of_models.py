@@ -357,10 +357,6 @@ def test_plan_and_settings_exclude_each_other():
     _refused(model, PlanError, "both given", plan=hf_geglu.make_plan(model), layers=0)
 
 
-def test_functional_activation_is_refused_with_the_reason():
-    _refused(tiny("esm"), ConversionError, "calls its activation inside")
-
-
 def test_tied_projection_is_refused_with_the_reason():
     model = tiny("bert")
     model.bert.encoder.layer[1].intermediate.dense.weight = model.bert.encoder.layer[0].intermediate.dense.weight

@@ -46,7 +46,7 @@ EXPECTED = {
     "esm": (
         (2, "split", "dense", "gelu", None),
         ("esm.encoder.layer.0", "intermediate.dense", "intermediate.dense", "output.dense"),
-        None,
+        "intermediate.gate_activation",
     ),
     "distilbert": (
         (2, "module", "dense", "gelu", None),

@@ -129,6 +129,49 @@ class Glu(Packed):
         return self.pear(fn.glu(self.apple(x)))
 
 
+class Normed(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(F)
+
+    def forward(self, x):
+        return self.pear(self.norm(fn.gelu(self.apple(x))))
+
+
+class Scaled(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(F))
+
+    def forward(self, x):
+        return self.pear(fn.gelu(self.apple(x)) * self.scale)
+
+
+class Shifted(Two):
+    def forward(self, x):
+        return self.pear(fn.gelu(self.apple(x)) + 0.001)
+
+
+class NormedGate(Three):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(F)
+
+    def forward(self, x):
+        return self.pear(self.norm(self.apple(x) * fn.silu(self.plum(x))))
+
+
+class Squared(Two):
+    def forward(self, x):
+        return self.pear(torch.square(torch.relu(self.apple(x))))
+
+
+class Twice(Two):
+    def forward(self, x):
+        x = fn.relu(x)
+        return self.pear(fn.relu(self.apple(x)))
+
+
 class NeedsAResidual(Two):
     def forward(self, hidden, residual, *, eps):
         return residual + self.pear(fn.relu(self.apple(hidden)))
@@ -143,25 +186,32 @@ def names(layout: str, activation: str, path: str | None = None, half: str | Non
     [
         (Dense, names("dense", "gelu", "squash")),
         (FunctionInAttribute, names("dense", "silu", "squash")),
-        (Functional, names("dense", "gelu_pytorch_tanh")),
-        (InPlace, names("dense", "relu")),
+        (Functional, names("dense", "gelu_pytorch_tanh", "fn.gelu(_, approximate='tanh')")),
+        (InPlace, names("dense", "relu", "_.relu_()")),
+        (Squared, names("dense", "relu2", "torch.square(torch.relu(_))")),
+        (Twice, names("dense", "relu", "fn.relu(_) #1")),
         (PythonGelu, names("dense", "gelu")),
-        (InFloat32, names("dense", "gelu")),
-        (Conv1DBlock, names("dense", "relu")),
-        (Weightwise, names("dense", "relu")),
-        (Gated, names("separate", "gelu")),
-        (GatedOffset, names("separate", "silu", offset=1.0)),
+        (InFloat32, names("dense", "gelu", "fn.gelu(_)")),
+        (Conv1DBlock, names("dense", "relu", "torch.relu(_)")),
+        (Weightwise, names("dense", "relu", "fn.relu(_)")),
+        (Gated, names("separate", "gelu", "fn.gelu(_)")),
+        (GatedOffset, names("separate", "silu", "fn.silu(_)", offset=1.0)),
         (GateFirst, names("packed", "silu", "squash", "first")),
         (GateLast, names("packed", "silu", "squash", "last")),
         (Interleaved, names("interleaved", "silu", "squash", "last", 1.0)),
         (Glu, names("packed", "sigmoid", None, "last")),
-        (NeedsAResidual, names("dense", "relu")),
+        (NeedsAResidual, names("dense", "relu", "fn.relu(_)")),
+        (Normed, names("dense", "gelu", "fn.gelu(_)")),
+        (Scaled, names("dense", "gelu", "fn.gelu(_)")),
+        (Shifted, names("dense", "gelu", "fn.gelu(_)")),
+        (NormedGate, names("separate", "silu", "fn.silu(_)")),
     ],
 )
 def test_taken(block: type[nn.Module], expected: tuple[object, ...]) -> None:
     (site,) = find_sites(nn.Sequential(nn.LayerNorm(D), block())).sites
-    path = None if expected[2] is None else f"1.{expected[2]}"
-    assert (site.layout, site.activation, site.activation_path, site.gate_half, site.value_offset) == (
+    where = site.activation_call or site.activation_path
+    path = expected[2] if site.activation_call or expected[2] is None else f"1.{expected[2]}"
+    assert (site.layout, site.activation, where, site.gate_half, site.value_offset) == (
         *expected[:2],
         path,
         *expected[3:],
@@ -186,32 +236,30 @@ class TwoInputs(Three):
         return self.pear(fn.gelu(self.apple(x)) * self.plum(x.flip(-1)))
 
 
-class Normed(Two):
+class NormedBefore(Two):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(F)
 
     def forward(self, x):
-        return self.pear(self.norm(fn.gelu(self.apple(x))))
+        return self.pear(fn.gelu(self.norm(self.apple(x))))
 
 
-class Scaled(Two):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(F))
-
+class Escaping(Two):
     def forward(self, x):
-        return self.pear(fn.gelu(self.apple(x)) * self.scale)
+        h = self.apple(x)
+        return self.pear(fn.gelu(h) + h)
+
+
+class NearlyGelu(Two):
+    def forward(self, x):
+        h = self.apple(x)
+        return self.pear(h * torch.sigmoid(1.7 * h))
 
 
 class Unknown(Two):
     def forward(self, x):
         return self.pear(torch.sin(self.apple(x)))
-
-
-class NearlyGelu(Two):
-    def forward(self, x):
-        return self.pear(fn.gelu(self.apple(x)) + 0.001)
 
 
 class Linear(Two):
@@ -288,16 +336,16 @@ class Raises(Two):
         (BothActivated, "best fit is separate"),
         (Added, "best fit is"),
         (TwoInputs, "read different inputs"),
-        (Normed, "neurons are mixed"),
-        (Scaled, "best fit is dense"),
+        (NormedBefore, "neurons are mixed"),
+        (Escaping, "best fit is"),
         (Unknown, "best fit is"),
-        (NearlyGelu, "best fit is dense gelu"),
+        (NearlyGelu, "best fit is dense quick_gelu"),
         (Linear, "low-rank pair"),
         (Saturating, "tanh"),
         (Bottleneck, "bottleneck (12 -> 6 -> 12)"),
         (Head, "d_in != d_out"),
         (Perceptron, "chain of more than two projections"),
-        (TokenMixing, "positions are mixed"),
+        (TokenMixing, "not position by position"),
         (SqueezeExcite, "bottleneck (12 -> 3 -> 12)"),
         (WideConvolutions, "convolution wider than 1"),
         (Unlinked, "nothing that one of its projections says reaches another"),

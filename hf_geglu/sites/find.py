@@ -243,6 +243,7 @@ def as_site(block: nn.Module, path: str, seen: Seen) -> Site:
         layout=one.fit.layout,
         activation=one.fit.activation,
         activation_path=None if seen.activation_path is None else absolute(seen.activation_path),
+        activation_call=seen.activation_call,
         gate_half=one.fit.gate_half,
         projection="linear" if form == "convolution" else form,
         groups=one.up.port.groups,

@@ -10,13 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_geglu.modeling_geglu import activation_calls, expose_activation
+from hf_geglu.sites.activations import candidates
 from hf_geglu.sites.arguments import Filling, fill, fillings, shapes
 from hf_geglu.sites.hypotheses import TOLERANCE
 from hf_geglu.sites.isolation import isolated
 from hf_geglu.sites.projections import Port, leads_on, within
 from hf_geglu.sites.trace import STUB_FORMS, Rehearsal, Stub, Trace
 from hf_geglu.sites.twin import Mold
-from hf_geglu.sites.verdict import Observation, Refusal, Verdict, entering, judge, value_of
+from hf_geglu.sites.verdict import (
+    Observation,
+    Refusal,
+    Verdict,
+    entering,
+    everything_passes,
+    gate_of,
+    judge,
+    stays_in_place,
+    value_of,
+)
 
 MAX_WIDTHS = 3
 
@@ -26,8 +38,10 @@ class Seen:
     """An observation in words: paths relative to the block, widths, formula, and where the activation lives."""
 
     observation: Observation
-    activation_path: str | None
-    dim: int
+    activation_path: str | None = None
+    activation_call: str | None = None
+    """Set where the activation is at that path only once this call is exposed."""
+    dim: int = -1
     """The dimension of what the activation hears that counts neurons."""
 
 
@@ -85,7 +99,7 @@ def observe(
                 if run.error is None and run.trace.calls:
                     shown = judge(run.trace)
                     if shown.taken:
-                        return Probe(_located(block, mold, run, shown), shown.refused, None)
+                        return _probed(block, mold, run, shown)
                     verdict = verdict if verdict and verdict.refused else shown
                     break
                 if furthest is None or len(run.trace.calls) > len(furthest.trace.calls):
@@ -93,7 +107,7 @@ def observe(
         if verdict is None and furthest is not None:
             shown = judge(furthest.trace)
             if shown.taken:
-                return Probe(_located(block, mold, furthest, shown), shown.refused, furthest.error)
+                return _probed(block, mold, furthest, shown)
     if verdict is not None:
         return Probe((), verdict.refused, None)
     return Probe((), (), furthest.error if furthest and furthest.error else "none of its projections was called")
@@ -134,13 +148,23 @@ def _persist(block: nn.Module, mold: Mold, recipe: Recipe) -> Run:
         recipe.forms[stub] = recipe.forms.get(stub, 0) + 1
 
 
-def play(block: nn.Module, mold: Mold, recipe: Recipe, rehearsal: Rehearsal | None = None) -> Run:
-    """Run a fresh twin once. Whatever it raises is recorded, for it is somebody else's code."""
+def play(
+    block: nn.Module,
+    mold: Mold,
+    recipe: Recipe,
+    rehearsal: Rehearsal | None = None,
+    *,
+    exposing: tuple[str, str] | None = None,
+) -> Run:
+    """Run a fresh twin once, with the call of one of its modules exposed if so asked. Whatever it raises is recorded,
+    for it is somebody else's code."""
     trace = Trace(forms=recipe.forms, rehearsal=rehearsal)
     run = Run(recipe, trace)
     try:
         stubbed = {id(block.get_submodule(path)): partial(Stub, trace, path) for path in recipe.stubs}
         twin = mold.cast(block, stubbed)
+        if exposing is not None:
+            expose_activation(twin.get_submodule(exposing[0]), exposing[1])
         trace.attach(twin)
         x = trace.noise(recipe.shape).requires_grad_()
         extra = fill(twin, x, recipe.filling)
@@ -151,30 +175,65 @@ def play(block: nn.Module, mold: Mold, recipe: Recipe, rehearsal: Rehearsal | No
     return run
 
 
-def _located(block: nn.Module, mold: Mold, run: Run, shown: Verdict) -> tuple[Seen, ...]:
-    return tuple(Seen(one, *_activation_at(block, mold, run, one)) for one in shown.taken)
+def _probed(block: nn.Module, mold: Mold, run: Run, shown: Verdict) -> Probe:
+    """What a run showed, with the activations located. What comes between a unit and the down projection is nobody's
+    business as long as an exchange of the activation shows that it leaves positions where they are."""
+    seen: list[Seen] = []
+    refused = list(shown.refused)
+    for one in shown.taken:
+        located = _with_attribute(block, mold, run, one) or _with_call(block, mold, run, one)
+        if located is None and not one.direct:
+            reason = f"what enters {one.down.path} is made of {one.fit}, but not position by position"
+            refused.append(Refusal(one.projections, reason))
+        else:
+            seen.append(located or Seen(one))
+    return Probe(tuple(seen), tuple(refused), run.error)
 
 
-def _activation_at(block: nn.Module, mold: Mold, run: Run, one: Observation) -> tuple[str | None, int]:
+def _with_call(block: nn.Module, mold: Mold, run: Run, one: Observation) -> Seen | None:
+    """The call of a function that is the activation, proven by exposing it in a twin and then exchanging it."""
+    for path, module in block.named_modules():
+        if any(path == stub or path.startswith(f"{stub}.") for stub in run.recipe.stubs):
+            continue
+        for call in activation_calls(type(module)) if type(module).__module__.partition(".")[0] != "torch" else ():
+            exposed = play(block, mold, run.recipe, exposing=(path, call))
+            if exposed.error == run.error and len(exposed.trace.calls) == len(run.trace.calls):
+                seen = _with_attribute(block, mold, exposed, one, exposing=(path, call))
+                if seen is not None:
+                    return seen
+    return None
+
+
+def _with_attribute(
+    block: nn.Module, mold: Mold, run: Run, one: Observation, *, exposing: tuple[str, str] | None = None
+) -> Seen | None:
     """The attribute that a conversion can exchange, proven by exchanging it, and the dimension of neurons there.
 
     An attribute qualifies if each time it was called it heard the gate branch. Then the conversion is rehearsed: it
     answers with fresh noise, and for a dense block the up projection is twice as wide; the noise must reach the down
     projection.
     """
-    times = sum(call.path == one.gate.path for call in run.trace.calls)
+    gates = [call for call in run.trace.calls if call.path == one.gate.path]
+    times = len(gates)
     matching: dict[str, int] = {}
+    named = dict(candidates())[one.fit.activation]
     for path in dict.fromkeys(heard.path for heard in run.trace.heard):
-        inputs = [heard.x for heard in run.trace.heard if heard.path == path]
-        dims = [dim for dim in (-1, 1) if any(_same(_channels_last(x, dim), one.gate_NF) for x in inputs)]
-        if len(inputs) == times and dims:
-            matching[path] = dims[0]
+        heard = [heard for heard in run.trace.heard if heard.path == path]
+        if not all(_same(named(each.x), each.y) for each in heard):
+            continue
+        inputs = [each.x for each in heard]
+        for dim in (1, -1):
+            heard_NF = [_channels_last(x, dim) for x in inputs]
+            if len(inputs) == times and any(_same(x_NF, one.gate_NF) for x_NF in heard_NF):
+                matching[path] = dim
+            elif len(inputs) == 1 and _same(heard_NF[0], _concatenated([gate_of(call, one) for call in gates])):
+                matching[path] = dim  # once for all experts
     for path in sorted(matching, key=lambda path: (_wraps(block, path), path.count("."))):
-        rehearsal = Rehearsal(path, one.up.path if one.fit.layout == "dense" else None, matching[path])
-        again = play(block, mold, run.recipe, rehearsal)
+        rehearsal = Rehearsal(path, one.up.path if one.fit.layout == "dense" else None, matching[path], not one.direct)
+        again = play(block, mold, run.recipe, rehearsal, exposing=exposing)
         if again.error == run.error and _reaches(again.trace, one, rehearsal):
-            return path, matching[path]
-    return None, -1
+            return Seen(one, path, exposing and exposing[1], matching[path])
+    return None
 
 
 def _channels_last(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -183,28 +242,39 @@ def _channels_last(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _reaches(trace: Trace, one: Observation, rehearsal: Rehearsal) -> bool:
-    """Whether the noise given by the exchanged activation is what entered the down projection, multiplied as before."""
+    """Whether the noise given by the exchanged activation is what reached the down projection, multiplied as before."""
     downs = [call for call in trace.calls if call.path == one.down.path]
     ups = [call for call in trace.calls if call.path == one.up.path]
-    if not len(downs) == len(ups) == len(rehearsal.given):
+    if not len(downs) == len(ups) >= len(rehearsal.given) > 0:
         return False
-    for up, down, given in zip(ups, downs, rehearsal.given, strict=True):
-        expected = _channels_last(given, rehearsal.dim)
-        if one.fit.layout != "dense":
-            value_NF = value_of(up, down, one.fit)
-            if value_NF.shape != expected.shape:
-                return False
-            expected = expected * (value_NF + one.fit.offset)
-        if not _same(entering(down), expected):
+    expected_NF = _concatenated([_channels_last(given, rehearsal.dim) for given in rehearsal.given]).detach()
+    if one.fit.layout != "dense":
+        values = [value_of(up, down, one.fit) for up, down in zip(ups, downs, strict=True)]
+        value_NF = _concatenated(values)
+        if value_NF.shape != expected_NF.shape:
             return False
-    return True
+        expected_NF = expected_NF * (value_NF + one.fit.offset)
+    if one.direct:
+        return _same(_concatenated([entering(down) for down in downs]), expected_NF)
+    if one.fit.layout != "dense":
+        shown = (_channels_last(result.detach(), dim) for result in trace.results for dim in (-1, 1) if result.ndim > 1)
+        return any(_same(result_NF, expected_NF) for result_NF in shown) and stays_in_place(
+            rehearsal.given[0], downs[0], rehearsal.dim
+        )
+    passes = (everything_passes(given, down, [up]) for given, up, down in zip(rehearsal.given, ups, downs, strict=True))
+    return all(passes) and stays_in_place(rehearsal.given[0], downs[0], rehearsal.dim)
+
+
+def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
+    """All tokens in one; nothing where the parts have different widths."""
+    return torch.cat(parts) if len({part.shape[-1] for part in parts}) == 1 else torch.empty(0)
 
 
 def _wraps(block: nn.Module, path: str) -> bool:
     """Containers come last: exchanging one would also remove the dropout behind the activation."""
     holder: object = block
     for name in path.split("."):
-        holder = getattr(holder, name)
+        holder = getattr(holder, name, None)
     return isinstance(holder, nn.Sequential)
 
 

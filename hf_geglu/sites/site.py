@@ -38,7 +38,10 @@ class Site:
     """Name in transformers' ``ACT2FN`` of what was observed: "gelu" is the erf form, "gelu_pytorch_tanh" the tanh
     form."""
     activation_path: str | None
-    """Attribute that holds the activation (a module or a function); None where ``forward`` calls a function itself."""
+    """Attribute that holds the activation (a module or a function). Where `activation_call` is set, the one that
+    exposing it makes; None where the activation can be neither exchanged nor exposed."""
+    activation_call: str | None = None
+    """The call of a function in ``forward`` that is the activation, such as "F.silu(_)"; None where an attribute is."""
     gate_half: GateHalf | None = None
     """Which half of a packed projection is the gate; for interleaved ones "first" means the even positions."""
     projection: Projection = "linear"

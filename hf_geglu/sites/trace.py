@@ -50,11 +50,12 @@ class Heard:
 @dataclass(slots=True)
 class Rehearsal:
     """Plays a conversion through: `wide` answers twice as wide, and the attribute at `substitute` gives new values,
-    half as many in `dim`."""
+    half as many in `dim`; with `hush` they are zero at the middle position."""
 
     substitute: str
     wide: str | None
     dim: int
+    hush: bool
     given: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -87,6 +88,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self.heard: list[Heard] = []
+        self.results: list[torch.Tensor] = []
         self.forms = forms if forms is not None else {}
         self.last_stub: str | None = None
         self._rehearsal = rehearsal
@@ -150,8 +152,12 @@ class Trace(TorchFunctionMode):
             shape = list(before.shape)
             if self._rehearsal.wide:
                 shape[self._rehearsal.dim] //= 2
-            self._rehearsal.given.append(self.noise(torch.Size(shape)))
-            return self._rehearsal.given[-1].clone()
+            given = self.noise(torch.Size(shape))
+            if self._rehearsal.hush:
+                positions = given.movedim(self._rehearsal.dim, -1)
+                positions[tuple(extent // 2 for extent in positions.shape[:-1])] = 0.0
+            self._rehearsal.given.append(given.requires_grad_())
+            return given.clone()
         y = function(*args, **kwargs)
         if before is not None and isinstance(y, torch.Tensor):
             self.heard.append(Heard(path, before, y.detach().clone()))
@@ -174,6 +180,8 @@ class Trace(TorchFunctionMode):
             # a copy of some of the matrices; kept, so that no other tensor gets its place in memory
             self._stacks[_storage(answer)] = self._stacks[_storage(args[0])]
             self._kept.append(answer)
+        if isinstance(answer, torch.Tensor) and answer.requires_grad:
+            self.results.append(answer)
         return answer
 
     def _tap_stack(self, path: str, func: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ class Observation:
     down: Call
     fit: Fit
     runner_up: Fit | None
+    direct: bool = True
+    """Whether the unit's answer itself enters the down projection, and not something made of it: its norm, say."""
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -34,7 +36,7 @@ class Observation:
     @property
     def gate_NF(self) -> torch.Tensor:
         """What goes through the activation."""
-        return _halves(self.gate, self.down, self.fit)[0]
+        return gate_of(self.gate, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def judge(trace: Trace) -> Verdict:
         feeding = _feeding(down, trace.calls[:index])
         if not 1 <= len(feeding) <= 2:
             continue
-        outcome = _pair(down, feeding)
+        outcome = _pair(down, feeding, trace.results)
         if isinstance(outcome, Observation):
             found.append(outcome)
         elif outcome is not None:
@@ -100,19 +102,68 @@ def _feeding(down: Call, earlier: list[Call]) -> list[Call]:
     return [call for call, grad in zip(earlier, grads, strict=True) if grad is not None and bool(grad.any())]
 
 
-def _pair(down: Call, feeding: list[Call]) -> Observation | Refusal | None:
+def _pair(down: Call, feeding: list[Call], results: list[torch.Tensor]) -> Observation | Refusal | None:
     """What `down` and the one or two projections that feed it are; None where their widths say nothing."""
     paths = tuple(call.path for call in (*feeding, down))
     fits = fit(entering(down), [rows(call) for call in feeding])
     if fits and fits[0].holds:
-        rivals = [one for one in fits[1:] if one.activation != fits[0].activation or one.layout != fits[0].layout]
-        gate = feeding[fits[0].gate_source]
-        up = feeding[1 - fits[0].gate_source] if fits[0].layout == "separate" else gate
-        return Observation(gate, up, down, fits[0], rivals[0] if rivals else None)
+        return _observation(down, feeding, fits, direct=True)
     if not any(leads_on(call.port, down.port) for call in feeding):
         return None
+    for result in reversed(results):
+        inner = _unit(result, down, feeding)
+        if inner and everything_passes(result, down, feeding):
+            return _observation(down, feeding, inner, direct=False)
     names = " and ".join(f"{call.path} ({call.port.d_in} -> {call.port.d_out})" for call in feeding)
     return Refusal(paths, f"what enters {down.path} is no activation of {names}: {_mixing(down, feeding, fits)}")
+
+
+def _observation(down: Call, feeding: list[Call], fits: list[Fit], *, direct: bool) -> Observation:
+    rivals = [one for one in fits[1:] if one.activation != fits[0].activation or one.layout != fits[0].layout]
+    gate = feeding[fits[0].gate_source]
+    up = feeding[1 - fits[0].gate_source] if fits[0].layout == "separate" else gate
+    return Observation(gate, up, down, fits[0], rivals[0] if rivals else None, direct)
+
+
+def _unit(result: torch.Tensor, down: Call, feeding: list[Call]) -> list[Fit]:
+    """The fits of something that was computed on the way to `down`, if it is an activation or a gated unit."""
+    sources = [rows(call) for call in feeding]
+    for dim in (-1, 1) if result.ndim > 2 else (-1,):
+        if result.numel() == sources[0].shape[0] * down.port.d_in and result.shape[dim] == down.port.d_in:
+            fits = fit(result.detach().movedim(dim, -1).reshape(-1, down.port.d_in), sources)
+            if fits and fits[0].holds and (fits[0].layout, fits[0].activation) != ("dense", "linear"):
+                return fits
+    return []
+
+
+def everything_passes(result: torch.Tensor, down: Call, feeding: list[Call]) -> bool:
+    """Whether `down` hears of `result`, and of the projections through it only: with it held back, nothing is left."""
+    if not down.x.requires_grad:
+        return False
+    weights = torch.linspace(0.5, 1.5, down.x.numel(), dtype=down.x.dtype).reshape(down.x.shape)
+    (reached,) = torch.autograd.grad((down.x * weights).sum(), [result], retain_graph=True, allow_unused=True)
+    if reached is None or not bool(reached.any()):
+        return False
+    hook = result.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+    try:
+        grads = torch.autograd.grad(
+            (down.x * weights).sum(), [call.out for call in feeding], retain_graph=True, allow_unused=True
+        )
+    finally:
+        hook.remove()
+    return not any(grad is not None and bool(grad.any()) for grad in grads)
+
+
+def stays_in_place(given: torch.Tensor, down: Call, dim: int) -> bool:
+    """Whether zeros at one position keep the others out of it, as a norm does even over positions."""
+    given_NF = given.detach().movedim(dim, -1).reshape(-1, given.shape[dim])
+    silent = int(given_NF.abs().sum(dim=-1).argmin())
+    entering_F = _rows(down.x, down)[silent]
+    (grad,) = torch.autograd.grad(entering_F.sum(), [given], retain_graph=True, allow_unused=True)
+    if grad is None:
+        return True
+    grad_NF = grad.movedim(dim, -1).reshape(given_NF.shape)
+    return not bool(grad_NF[torch.arange(len(grad_NF)) != silent].any())
 
 
 def _mixing(down: Call, feeding: list[Call], fits: list[Fit]) -> str:
@@ -164,6 +215,11 @@ def _chained(one: Observation, found: list[Observation]) -> str | None:
                 f"a chain of more than two projections: {', '.join(dict.fromkeys(one.projections + other.projections))}"
             )
     return None
+
+
+def gate_of(gate: Call, one: Observation) -> torch.Tensor:
+    """What goes through the activation in a block like `one`, read off this call of its gate projection."""
+    return _halves(gate, one.down, one.fit)[0]
 
 
 def value_of(up: Call, down: Call, seen: Fit) -> torch.Tensor:
