@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hf_geglu.declaration import declare_config, site_entry
 from hf_geglu.errors import PlanError
 from hf_geglu.native import changed_config
 from hf_geglu.plan import Plan, make_plan
 from hf_geglu.sites import find_sites
 from hf_geglu.skeleton import base_architecture, skeleton
-from hf_geglu.surgery import declare_config, site_entry
 from hf_geglu.variants import VARIANTS, get_variant
 from hf_geglu.width import matched_width
 

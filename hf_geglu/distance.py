@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,18 +88,26 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Outputs:
         # nothing is generated here, and some caches are written in place, which gradients do not survive
         cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         result = model(**cache, **inputs)
-    if isinstance(result, torch.Tensor):
-        result = {"output": result}
-    elif isinstance(result, tuple | list):
-        result = {f"output {number}": value for number, value in enumerate(result)}
-    tensors = {
-        name: value
-        for name, value in dict(result).items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()
-    }
+    tensors = dict(_flat(result, "output")) if not isinstance(result, Mapping) else {}
+    for name, value in result.items() if isinstance(result, Mapping) else ():
+        if isinstance(value, torch.Tensor) or name not in _BY_THE_WAY:
+            tensors |= dict(_flat(value, name))
     if not tensors:
         raise VerificationError(f"{type(model).__name__} returned no floating-point tensor to compare")
     return {"logits": tensors["logits"]} if "logits" in tensors else tensors
+
+
+_BY_THE_WAY = ("past_key_values", "hidden_states", "attentions", "decoder_hidden_states", "encoder_hidden_states")
+"""Caches and per-layer states, which come as tuples."""
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The floating-point tensors in nested tuples, numbered: "logits 0"."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{name} {number}")
 
 
 def comparison(

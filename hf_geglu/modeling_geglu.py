@@ -21,13 +21,15 @@ import __future__
 import ast
 import copy
 import functools
+import importlib
 import inspect
+import json
 import os
 import shutil
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,7 +46,8 @@ TRIPWIRE = (
     "after `import hf_geglu` (pip install hf_geglu), or with trust_remote_code=True"
 )
 """What the config states as its activation. Every class looks that name up in ACT2FN, so one that knows nothing of
-variants stops here, with this sentence in the error, instead of running the wrong network."""
+variants stops here, with this sentence in the error, instead of running the wrong network. Where no entry names the
+activation, one that the class cannot do without states it, in the saved file only (``geglu["saved"]``)."""
 
 
 class VariantLoadError(ValueError):
@@ -425,6 +428,8 @@ class GegluMixin:
 
 
 _LOCK = threading.RLock()
+_MODELLING_MODULES: dict[str, None] = {}
+"""Where the models are whose variants' configs were made."""
 
 
 def _locked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -444,8 +449,10 @@ def variant_config_class(base: type) -> type:
     """The config class of variants of `base`: ``BertConfig -> GegluBertConfig`` with model_type "geglu_bert"."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        entries: Mapping[str, Any] = (kwargs.get("geglu") or {}).get("config", {})
-        tripwires = {key: _swap(kwargs, key.split("."), value) for key, value in entries.items()}
+        geglu: Mapping[str, Any] = kwargs.get("geglu") or {}
+        tripwires = {key: _swap(kwargs, key.split("."), value) for key, value in geglu.get("config", {}).items()}
+        for key, value in geglu.get("saved", {}).items():
+            _swap(kwargs, key.split("."), value)
         base.__init__(self, *args, **kwargs)  # type: ignore[misc]
         for key, value in tripwires.items():
             set_config_entry(self, key, value)
@@ -454,12 +461,24 @@ def variant_config_class(base: type) -> type:
         with base_activation(self):
             base.validate(self)  # type: ignore[attr-defined]
 
+    def to_json_string(self: Any, *args: Any, **kwargs: Any) -> str:
+        text: str = base.to_json_string(self, *args, **kwargs)  # type: ignore[attr-defined]
+        keys = (getattr(self, "geglu", None) or {}).get("saved", {})
+        if not keys:
+            return text
+        data = json.loads(text)
+        for key in keys:
+            _swap(data, key.split("."), TRIPWIRE)
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+    _MODELLING_MODULES[base.__module__.replace(".configuration_", ".modeling_")] = None
     checks = {"validate": validate} if hasattr(base, "validate") else {}  # transformers 5
     return type(
         CLASS_PREFIX + base.__name__,
         (base,),
         {
             "__init__": __init__,
+            "to_json_string": to_json_string,
             **checks,
             "__module__": __name__,
             "__doc__": f"{base.__name__} of a model whose FFN blocks are GeGLU; `geglu` lists them.",
@@ -475,6 +494,7 @@ def variant_model_class(base: type, config_class: type) -> type:
         CLASS_PREFIX + base.__name__,
         (GegluMixin, base),
         {
+            **{name: _asked_of(base, name) for name in _JUDGED_BY_MODULE if hasattr(base, name)},
             "__module__": __name__,
             "__doc__": f"{base.__name__} whose FFN blocks are GeGLU, as its config lists them.",
             "config_class": variant_config_class(config_class),
@@ -482,6 +502,15 @@ def variant_model_class(base: type, config_class: type) -> type:
     )
     _share_checkpoint_conversions(base, variant, config_class)
     return variant
+
+
+_JUDGED_BY_MODULE = ("is_custom_code", "_can_set_experts_implementation", "_can_set_attn_implementation")
+"""What transformers decides by the module, or its source, that a class comes from. A variant is what its base is: else
+non-persistent buffers would stay empty when it is loaded, and its experts would run another kernel."""
+
+
+def _asked_of(base: type, name: str) -> Any:
+    return classmethod(lambda cls: getattr(base, name)())
 
 
 def _share_checkpoint_conversions(base: type, variant: type, config_class: type) -> None:
@@ -501,15 +530,17 @@ def base_class(name: str) -> type:
     """The transformers class that a variant's class is named after: ``"GegluBertForMaskedLM" -> BertForMaskedLM``."""
     import transformers
 
-    try:
-        found = getattr(transformers, name.removeprefix(CLASS_PREFIX))
-    except AttributeError as error:
+    name = name.removeprefix(CLASS_PREFIX)
+    found = getattr(transformers, name, None)
+    for module in () if found else _MODELLING_MODULES:
+        # inner models (CLIP's towers, encoders) are not exported; they stand beside a config that was asked for before
+        with suppress(ImportError):
+            found = found or getattr(importlib.import_module(module), name, None)
+    if not isinstance(found, type):
         raise VariantLoadError(
-            f"{name} is a GeGLU variant of {name.removeprefix(CLASS_PREFIX)}, which transformers "
-            f"{transformers.__version__} "
-            "does not have; install a version that has it"
-        ) from error
-    assert isinstance(found, type)
+            f"{CLASS_PREFIX}{name} is a GeGLU variant of {name}, which transformers {transformers.__version__} does "
+            "not have; install a version that has it"
+        )
     return found
 
 

@@ -8,7 +8,8 @@ compute. Only if that is exactly what the plan wants, at every site, is the vari
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -86,13 +87,22 @@ def _observed_difference(
     for path, activation in expected.items():
         if observed.get(path) != activation:
             return f"with {shown} {type(model).__name__} computes {observed.get(path)!r} at {path}, not {activation!r}"
-    # the same entry may govern what is no site: routed experts, a head
+    # the same entry may govern what is no site: routed experts, a head, a convolution
     activations = {site.activation_path for site in found.sites}
     others = dict(twin.named_modules())
     for path, module in model.named_modules():
-        if path not in activations and type(module) is not type(others.get(path)):
+        if path not in activations and _settings(module, path, activations) != _settings(
+            others[path], path, activations
+        ):
             return f"{shown} would change {path} too, which the plan leaves as it is"
     return ""
+
+
+def _settings(module: nn.Module, path: str, apart: Collection[str | None]) -> tuple[type, dict[str, Any]]:
+    """What a module does apart from its numbers: its class, and the functions and names that its attributes hold."""
+    kinds = (str, types.FunctionType, types.BuiltinFunctionType)
+    held = {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+    return type(module), {name: value for name, value in held.items() if f"{path}.{name}" not in apart}
 
 
 def changed_config(config: Any, changes: Mapping[str, Any]) -> Any:

@@ -15,14 +15,11 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_geglu.auto import auto_map, registered_config_class
-from hf_geglu.conversions import rewrites, value_offset
+from hf_geglu.conversions import rewrites
+from hf_geglu.declaration import declare_config, site_entry, unit_settings
 from hf_geglu.errors import PlanError, SurgeryError, WeightsError
 from hf_geglu.modeling_geglu import (
-    SCHEMA,
-    TRIPWIRE,
     PackedGLU,
-    config_entry,
     expose_activation,
     get_attribute,
     set_attribute,
@@ -30,10 +27,9 @@ from hf_geglu.modeling_geglu import (
     variant_model_class,
     widen,
 )
-from hf_geglu.native import activation_keys
 from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.sites import Site
-from hf_geglu.sites.weights import is_stack, output_dim, parameters_of, weight_name
+from hf_geglu.sites.weights import is_stack, parameters_of, weight_name
 
 _UNDO = "_hf_geglu_undo"
 
@@ -248,48 +244,6 @@ def _forbid_saving(model: nn.Module, plan: Plan, undo: Undo) -> None:
 
     undo.steps.append(lambda: delattr(model, "save_pretrained"))
     object.__setattr__(model, "save_pretrained", refuse)
-
-
-def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], plan: Plan) -> None:
-    """Turn a base config, in place, into that of a portable variant: class, tripwire, sites, remote code."""
-    base_config = type(config)
-    keys = sorted({key for entry in plan.converted for key in activation_keys(config, entry.site.activation)})
-    config.geglu = {
-        "schema": SCHEMA,
-        "variant": plan.variant,
-        "config": {key: config_entry(config, key) for key in keys},
-        "sites": sites,
-    }
-    for key in keys:
-        set_config_entry(config, key, TRIPWIRE)
-    config.auto_map = auto_map(base_config, base_class)
-    config.architectures = [variant_model_class(base_class, base_config).__name__]
-    config.__class__ = registered_config_class(base_config)
-
-
-def site_entry(entry: SitePlan) -> dict[str, Any]:
-    """What a variant's config records of a site: all that the run time needs to build the block."""
-    site, expands = entry.site, entry.conversion == "expand"
-    recorded: dict[str, Any] = {
-        "up": site.up if expands else None,
-        "activation": site.activation_path,
-        "gate": None if entry.keeps_activation else entry.scaling.gate,
-        "width": site.width,
-    }
-    if site.activation_call is not None:
-        recorded["call"] = site.activation_call
-    if expands:
-        recorded |= unit_settings(entry)
-        if is_stack(site.projection):
-            recorded["stack"] = output_dim(site.projection)
-    return recorded
-
-
-def unit_settings(entry: SitePlan) -> dict[str, Any]:
-    """The arguments of the `PackedGLU` of an expanded site, without those that are as usual."""
-    site, offset = entry.site, value_offset(entry.site, entry.scaling)
-    settings = {"dim": (site.dim, -1), "groups": (site.groups, 1), "offset": (offset, 0.0)}
-    return {name: value for name, (value, usual) in settings.items() if value != usual}
 
 
 def _share_config(model: nn.Module, memo: dict[int, Any], undo: Undo) -> None:

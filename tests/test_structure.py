@@ -21,6 +21,7 @@ LAYERS = [
     ["selection", "conversions"],
     ["native", "cost"],
     ["plan"],
+    ["declaration"],
     ["surgery"],
     ["inputs"],
     ["distance"],
