@@ -25,6 +25,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import textwrap
 import threading
@@ -394,9 +395,73 @@ def _swap(entries: dict[str, Any], path: list[str], value: Any) -> Any:
     return _swap(nested, rest, value)
 
 
+def _wildcard(path: str) -> str:
+    """As tensor-parallel plans name a repeated module: "layers.3.mlp.fc1" -> "layers.*.mlp.fc1"."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def gather_packed(model: nn.Module, ups: list[str]) -> None:
+    """Tensor parallelism: a packed projection is split over the ranks in one piece and gathered before it is halved.
+
+    Plans are the base's, where the up projection is split by columns and the activation runs on each rank's share. Of
+    [gate | value] the first of two ranks would have the gate and the second the value, and both would compute nonsense
+    of the right shape. The gathering styles are known to transformers and to vLLM (and a base with such a projection,
+    Phi-3, has them in its own plan); "packed_colwise" would save the gathering, but splits a bias as if it were not
+    packed. Dense blocks under the same pattern compute the same as before.
+    """
+    for name, module in model.named_modules():
+        plan = vars(module).get("_tp_plan") or {}
+        prefix = f"{name}." if name else ""
+        inside = [up for up in ups if up.startswith(prefix) and isinstance(get_attribute(model, up), nn.Module)]
+        patterns = {_wildcard(up.removeprefix(prefix)) for up in inside}
+        for pattern in patterns:
+            if plan.get(pattern) != "colwise":
+                continue
+            from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+            now = "colwise_gather_output" in ALL_PARALLEL_STYLES  # transformers 4 has the same under other names
+            plan[pattern] = "colwise_gather_output" if now else "colwise_rep"
+            block = pattern.rpartition(".")[0]
+            for other, style in plan.items():
+                if style == "rowwise" and other.rpartition(".")[0] == block:
+                    plan[other] = "rowwise_split_input" if now else "rowwise_rep"
+
+
+_WRONG_SPLITS = ("colwise", "packed_colwise")
+
+_SO = (
+    "; it is damaged, or it is an unconverted model under a variant's config: download the variant again, or convert "
+    "the base with hf_geglu.convert or `hf-geglu convert`"
+)
+
+
+def damaged(model: nn.Module, ups: list[str], info: Mapping[str, Any]) -> list[str]:
+    """Weights of the converted body that a checkpoint lacks or has in another shape, and that transformers would make
+    up. New heads, poolers, cross-attention and the like are no damage: no layer of the checkpoint has them.
+
+    Args:
+        model: as it was loaded.
+        ups: its packed projections.
+        info: transformers' loading info.
+    """
+    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    made_up = set(info["missing_keys"]) | mismatched
+    if not made_up:
+        return []
+    repeated = {_wildcard(name) for name in set(model.state_dict()) - made_up}
+    renamed = any("*" in _wildcard(name) for name in info["unexpected_keys"])
+
+    def is_damage(name: str) -> bool:
+        pattern = _wildcard(name)
+        of_a_site = any(name.startswith(f"{up}.") or name == up for up in ups)
+        return of_a_site or ("*" in pattern and (name in mismatched or renamed or pattern in repeated))
+
+    return sorted(filter(is_damage, made_up))
+
+
 class GegluMixin:
-    """What a variant's class adds to its base: it builds the sites of ``config.geglu`` and ships this file when
-    saved."""
+    """What a variant's class adds to its base: it builds the sites of ``config.geglu``, ships this file when saved, and
+    refuses what would load or split wrongly."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         geglu = getattr(config, "geglu", None)
@@ -415,6 +480,48 @@ class GegluMixin:
         with base_activation(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         build_variant_blocks(self, geglu)  # type: ignore[arg-type]
+        gather_packed(self, self._packed())  # type: ignore[arg-type]
+
+    def _packed(self) -> list[str]:
+        """Paths of the packed projections, as this class has them."""
+        sites = self.config.geglu["sites"]  # type: ignore[attr-defined]
+        return [site["up"] for site in _located_sites(self, list(sites)) if site["up"] is not None]  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, which makes up the weights that a checkpoint lacks: those of the variant's blocks and
+        layers are missed here.
+
+        Raises:
+            VariantLoadError: the checkpoint lacks some, or has them in other shapes (a dense checkpoint, for one).
+        """
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise VariantLoadError(f"this checkpoint has tensors of other shapes than {cls.__name__}{_SO}") from error
+        lacking = damaged(model, model._packed(), info)
+        if lacking:
+            raise VariantLoadError(
+                f"this checkpoint lacks {len(lacking)} tensors of {cls.__name__} or has them in other shapes, for "
+                f"example {lacking[0]!r}, and transformers would make them up{_SO}"
+            )
+        return (model, info) if output_loading_info else model
+
+    def _resolve_parallel_plans(self, *args: Any) -> Any:
+        """Tensor parallelism of transformers 5, with what a user's plan asks for."""
+        plans = super()._resolve_parallel_plans(*args)  # type: ignore[misc]
+        for up in self._packed():
+            style = next((plans[0][name] for name in (up, f"{up}.weight", f"{up}.bias") if name in plans[0]), None)
+            if style in _WRONG_SPLITS:
+                raise VariantLoadError(
+                    f"the tensor-parallel plan splits {up} by {style!r}, but that projection holds [gate | value] and "
+                    "each rank would have another part of them; leave it to the plan of the variant "
+                    '(tp_plan="auto"), or use "colwise_gather_output" and, for the projection after it, '
+                    '"rowwise_split_input"'
+                )
+        return plans
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As in transformers; this file goes along, so that the folder loads with ``trust_remote_code=True``."""

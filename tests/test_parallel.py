@@ -1,0 +1,143 @@
+"""Two processes over gloo compute what one does: tensor parallelism of transformers, FSDP2 of accelerate.
+
+And what vLLM's Transformers backend asks of a model; vLLM itself is not run here.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from parallel_job import IDS
+from tiny_models import TINY, tiny
+from versions import BEFORE_5
+
+import hf_geglu
+from hf_geglu.modeling_geglu import PackedGLU
+
+JOB = Path(__file__).with_name("parallel_job.py")
+GATHERED = "colwise_rep" if BEFORE_5 else "colwise_gather_output"
+SPLIT = "rowwise_rep" if BEFORE_5 else "rowwise_split_input"
+DENSE_WITH_A_PLAN = {"phi": "model.layers.{}.mlp.fc1", "gpt_neox": "gpt_neox.layers.{}.mlp.dense_h_to_4h"}
+
+
+def _saved(tmp_path, model_type, *, layers=None, **overrides):
+    """A variant whose biases are not all zero: a split that is wrong for them must show."""
+    model = tiny(model_type, **overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    hf_geglu.convert(model, layers=layers)
+    model.save_pretrained(tmp_path / "v")
+    return tmp_path / "v", model
+
+
+def _run(what, folder, *arguments, processes=2):
+    output = folder.parent / f"{what}-{processes}.json"
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            str(JOB),
+            what,
+            str(folder),
+            str(output),
+            *map(json.dumps, arguments),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        return result.stderr
+    return json.loads(output.read_text()) | {"saved": f"{output}.saved"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [("phi", {}), ("phi", {"layers": 0}), ("gpt_neox", {}), ("llama", {"num_key_value_heads": 2})],
+    ids=["phi", "phi-partly", "gpt_neox", "llama"],
+)
+def test_tensor_parallelism_computes_the_same(tmp_path, model_type, options):
+    folder, model = _saved(tmp_path, model_type, **options)
+    found = _run("tensor_parallel", folder)
+    assert isinstance(found, dict), found[-3000:]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(found["logits"]), model(IDS).logits, rtol=1e-5, atol=1e-5)
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    if not BEFORE_5:  # transformers 4 leaves parameters outside its plan to the user
+        gradient = torch.tensor(found["gradient"])
+        torch.testing.assert_close(gradient, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-6)
+    if model_type in DENSE_WITH_A_PLAN:
+        assert found["local"][DENSE_WITH_A_PLAN[model_type].format(0) + ".weight"] == [40, 16]
+    again = TINY[model_type][0].from_pretrained(found["saved"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4 takes no plan from the user")
+@pytest.mark.parametrize("style", ["colwise", "packed_colwise"])
+def test_a_plan_that_would_split_wrongly_is_refused(tmp_path, style):
+    folder, _ = _saved(tmp_path, "phi")
+    error = _run("tensor_parallel", folder, {"model.layers.*.mlp.fc1": style})
+    assert isinstance(error, str)
+    assert f"splits model.layers.0.mlp.fc1 by '{style}'" in error
+    assert "colwise_gather_output" in error
+
+
+@pytest.mark.parametrize("model_type", ["phi", "llama"])
+def test_fsdp2_has_the_same_losses(tmp_path, model_type):
+    folder, _ = _saved(tmp_path, model_type)
+    two, one = _run("fsdp2", folder), _run("fsdp2", folder, processes=1)
+    assert isinstance(two, dict), two[-3000:]
+    assert isinstance(one, dict), one[-3000:]
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert two["losses"][2] < two["losses"][0]
+    assert any("mlp" in name for name in two["sharded"])
+
+
+# -- what vLLM's Transformers backend asks for (its documentation, "Supported Models") ---------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["phi", "gpt_neox", "opt", "gpt2", "bert", "vit"])
+def test_what_vllm_asks_of_a_custom_model(tmp_path, model_type):
+    folder, _ = _saved(tmp_path, model_type)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"].startswith("modeling_geglu.Geglu")
+    assert (folder / "modeling_geglu.py").is_file()
+    built = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder))
+    base = tiny(model_type, auto=transformers.AutoModel)
+    assert any(isinstance(module, PackedGLU) for module in built.modules())  # customised in the base model
+    for name in ("_supports_attention_backend", "_supports_sdpa", "_supports_flash_attn", "base_model_prefix"):
+        assert getattr(built, name) == getattr(base, name), name
+    assert set(built._no_split_modules or ()) == set(base._no_split_modules or ())
+    assert built.config.base_model_pp_plan == base.config.base_model_pp_plan
+    assert set(built._tp_plan or ()) == set(base._tp_plan or ())
+
+
+@pytest.mark.parametrize("model_type", DENSE_WITH_A_PLAN)
+def test_the_tensor_parallel_plan_under_our_names(tmp_path, model_type):
+    """Names of linear layers, styles that vLLM maps to its own layers; the packed projection is gathered."""
+    folder, _ = _saved(tmp_path, model_type)
+    plan = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder)).tp_plan
+    up = DENSE_WITH_A_PLAN[model_type].format("*").partition(".")[2]
+    assert plan[up] == GATHERED
+    assert plan[{"phi": "layers.*.mlp.fc2", "gpt_neox": "layers.*.mlp.dense_4h_to_h"}[model_type]] == SPLIT
+    known = {"colwise", "rowwise", "replicate", GATHERED, SPLIT, "embedding_rowwise"}
+    assert set(plan.values()) <= known
+    with_head = TINY[model_type][0].from_pretrained(folder)
+    prefix = with_head.base_model_prefix
+    assert with_head.tp_plan[f"{prefix}.{up}"] == GATHERED
+    assert transformers.AutoConfig.for_model(model_type).base_model_tp_plan[up] == "colwise"  # the base's is as it was
