@@ -9,6 +9,7 @@ import hf_geglu
 from hf_geglu.auto import auto_classes
 from hf_geglu.distance import outputs_of
 from hf_geglu.inputs import synthetic_inputs
+from hf_geglu.modeling_geglu import variant_model_class
 
 IDS = torch.arange(4, 12)[None]
 FAMILIES = ["bert", "gpt2", "vit", "t5", "whisper", "llama"]
@@ -83,6 +84,21 @@ def test_there_and_back_between_head_and_base(saved, tmp_path, model_type):
     body = again.base_model.state_dict()
     for name, tensor in model.base_model.state_dict().items():
         assert torch.equal(body[name], tensor), name
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "vit", "mixtral", "qwen2", "clip"])
+def test_transformers_treats_a_variant_as_it_treats_the_base(monkeypatch, model_type):
+    """It looks into the module that a class was written in, to see what its weights and kernels need."""
+    base = type(tiny(model_type))
+    variant = variant_model_class(base, base.config_class)
+    asked = ("_can_set_attn_implementation", "_can_set_experts_implementation", "is_custom_code")
+    for cls in base.__mro__:
+        for name in asked:
+            if f"{name}_cached_value" in vars(cls):
+                monkeypatch.delattr(cls, f"{name}_cached_value")
+    found = {name: getattr(variant, name)() for name in asked if hasattr(base, name)}
+    assert found == {name: getattr(base, name)() for name in found}
+    assert not found.get("is_custom_code", False)
 
 
 # -- ways of loading ---------------------------------------------------------------------------------------------------

@@ -67,6 +67,19 @@ def test_portable_variants_reload_identically(tmp_path, how):
     _assert_identical([{**job, "how": how} for job in jobs])
 
 
+def test_classes_that_transformers_does_not_export_reload_as_remote_code(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.AltCLIPTextConfig(vocab_size=64, max_position_embeddings=32, project_dim=16, **sizes)
+    model = transformers.AutoModel.from_config(config).eval()
+    if hasattr(transformers, type(model).__name__):
+        pytest.skip(f"this version exports {type(model).__name__}")
+    hf_geglu.convert(model)
+    model.save_pretrained(tmp_path / "v")
+    expected_outputs(model, tmp_path / "expected.safetensors")
+    job = {"auto": "AutoModel", "folder": str(tmp_path / "v"), "expected": str(tmp_path / "expected.safetensors")}
+    _assert_identical([{**job, "how": "remote"}])
+
+
 @pytest.mark.parametrize("how", ["plain", "plugin"])
 def test_native_variants_reload_identically(tmp_path, how):
     jobs = [_saved(tmp_path, model_type) for model_type in NATIVE]
