@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from hf_geglu.modes import evaluating
 from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.provenance import Provenance, base_of, forget, remember
 from hf_geglu.selection import Layers
+from hf_geglu.sites import GivenSite, find_sites
 from hf_geglu.surgery import apply, revert
 from hf_geglu.verify import Report, check_exactness, check_sites, check_values
 
@@ -32,6 +33,7 @@ def convert(
     variant: str = "geglu",
     layers: Layers = None,
     gelu: GeluForm = "owner",
+    sites: Sequence[GivenSite] | None = None,
     inputs: Inputs | None = None,
     verify: Verify = "model",
 ) -> Report:
@@ -46,6 +48,7 @@ def convert(
         variant: see `make_plan`.
         layers: see `make_plan`.
         gelu: see `make_plan`.
+        sites: blocks named by hand, see `find_sites`.
         inputs: keyword arguments of one forward, for the verification; synthetic ones otherwise.
         verify: "model" runs the whole model before and after (a model in a 16-bit dtype also in float32, for which a
         copy
@@ -58,9 +61,9 @@ def convert(
         HfGegluError: any of the tree in `hf_geglu.errors`; the model is then as it was before the call.
     """
     if plan is None:
-        plan = make_plan(model, variant, layers=layers, gelu=gelu)
-    elif (variant, layers, gelu) != ("geglu", None, "owner"):
-        raise PlanError("a plan and its settings were both given; put variant, layers and gelu into make_plan")
+        plan = make_plan(model, variant, layers=layers, gelu=gelu, found=find_sites(model, sites=sites))
+    elif (variant, layers, gelu, sites) != ("geglu", None, "owner", None):
+        raise PlanError("a plan and its settings were both given; put variant, layers, gelu and sites into make_plan")
     note = ""
     before: dict[torch.dtype, Outputs] = {}
     if verify == "model" and plan.converted:
@@ -68,7 +71,7 @@ def convert(
     base = base_of(getattr(model, "config", None), fingerprint(model)) if plan.converted else None
     undo = apply(model, plan)
     try:
-        sites = check_sites(model, undo)
+        checks = check_sites(model, undo)
         comparisons = tuple(
             _compare_run(model, dtype, outputs, inputs) for dtype, outputs in before.items() if inputs is not None
         )
@@ -86,7 +89,7 @@ def convert(
         exact=plan.exact,
         converted=len(plan.converted),
         comparisons=comparisons,
-        sites=sites,
+        sites=checks,
         values=values,
         response=response,
         note=note if plan.converted else f"every selected block is {plan.variant} already; nothing was changed",

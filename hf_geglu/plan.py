@@ -190,7 +190,8 @@ def make_plan(
         raise NoSitesError(
             f"{type(model).__name__} has no FFN block to convert"
             + (f"; looked at and not taken: {seen}" if seen else "")
-            + ". If it has one, hand its paths in with find_sites(model, sites=[Site(...)])"
+            + ". If it has one, name its projections: convert(model, sites=[{'up': 'layers.*.w1', 'down': "
+            "'layers.*.w2'}]), or --sites FILE on the command line"
         )
     selected = select(found.sites, layers)
     plans: list[SitePlan] = []

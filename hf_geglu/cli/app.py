@@ -31,6 +31,15 @@ Gelu = Annotated[
     typer.Option(help="owner: a block keeps its own form of GELU (erf or tanh). named: exactly the variant's form."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
+Sites = Annotated[
+    Path | None,
+    typer.Option(
+        "--sites",
+        help="YAML file that names the FFN blocks, for a model the search does not understand: a list such as "
+        "'- {up: layers.*.w1, down: layers.*.w2}', with 'gate:' where that is a projection of its own.",
+        show_default=False,
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the modelling code of the repository.")]
 
 
@@ -40,6 +49,7 @@ def plan(
     variant: Variant = "geglu",
     layers: Layers = None,
     gelu: Gelu = "owner",
+    sites: Sites = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -48,12 +58,15 @@ def plan(
     from transformers import AutoConfig
 
     from hf_geglu.plan import make_plan
+    from hf_geglu.sites import find_sites, read_sites
     from hf_geglu.skeleton import architecture, skeleton
 
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     kind = architecture(config)
     kwargs = {"trust_remote_code": True} if trust_remote_code and hasattr(kind, "from_config") else {}
-    decided = make_plan(skeleton(config, kind, **kwargs), variant, layers=layers, gelu=gelu)
+    twin = skeleton(config, kind, **kwargs)
+    found = find_sites(twin, sites=None if sites is None else read_sites(sites))
+    decided = make_plan(twin, variant, layers=layers, gelu=gelu, found=found)
     print(decided.to_json() if json else decided)
 
 
@@ -66,6 +79,7 @@ def convert(
     gelu: Gelu = "owner",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the checkpoint was saved.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    sites: Sites = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT_DIR holds.")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -74,6 +88,7 @@ def convert(
     from transformers import AutoConfig
 
     from hf_geglu.hub import check_output, from_pretrained, load_processor, save_folder
+    from hf_geglu.sites import read_sites
     from hf_geglu.skeleton import architecture
 
     check_output(output_dir, overwrite=overwrite)
@@ -84,6 +99,7 @@ def convert(
         variant=variant,
         layers=layers,
         gelu=gelu,
+        sites=None if sites is None else read_sites(sites),
         output_report=True,
         dtype=dtype,
         revision=revision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_geglu.hub.integrity import check_weights
 from hf_geglu.inputs import Inputs
 from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.selection import Layers
+from hf_geglu.sites import GivenSite, find_sites
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ def from_pretrained(
     variant: str = "geglu",
     layers: Layers = None,
     gelu: GeluForm = "owner",
+    sites: Sequence[GivenSite] | None = None,
     inputs: Inputs | None = None,
     verify: Verify = "model",
     output_report: bool = False,
@@ -41,6 +44,7 @@ def from_pretrained(
         variant: see there.
         layers: see there.
         gelu: see there.
+        sites: see there.
         inputs: see there.
         verify: see there.
         output_report: return (model, report), as `output_loading_info` does in transformers.
@@ -58,7 +62,8 @@ def from_pretrained(
     report = None
     if not hasattr(loaded.config, "geglu"):
         if plan is None:
-            plan = make_plan(loaded, variant, layers=layers, gelu=gelu)
+            found = find_sites(loaded, sites=sites)
+            plan = make_plan(loaded, variant, layers=layers, gelu=gelu, found=found)
         report = convert(loaded, plan, inputs=inputs, verify=verify)
     return (loaded, report) if output_report else loaded
 

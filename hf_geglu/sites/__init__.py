@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from hf_geglu.sites.find import search
-from hf_geglu.sites.given import check_sites
+from hf_geglu.sites.given import GivenSite, check_sites, read_sites
 from hf_geglu.sites.site import FoundSites, Rejection, Site
 
-__all__ = ["FoundSites", "Rejection", "Site", "find_sites"]
+__all__ = ["FoundSites", "GivenSite", "Rejection", "Site", "find_sites", "read_sites"]
 
 
-def find_sites(model: nn.Module, *, sites: Sequence[Site] | None = None) -> FoundSites:
+def find_sites(model: nn.Module, *, sites: Sequence[GivenSite] | None = None) -> FoundSites:
     """Find every FFN block of a model by behaviour, without running the model or reading a weight.
 
     Works on any device and dtype (the meta device too) and leaves the model, its hooks and all random generators as
@@ -21,9 +21,10 @@ def find_sites(model: nn.Module, *, sites: Sequence[Site] | None = None) -> Foun
 
     Args:
         model: Any module; usually a Transformers model.
-        sites: Sites named by hand, for an architecture the search does not understand. They are checked by the same
-        probe
-            and returned instead of a search.
+        sites: Sites named by hand, for an architecture the search does not understand: whole `Site` objects, or
+            mappings with the paths of their projections, ``{"up": "layers.*.ffn.w1", "down": "layers.*.ffn.w2"}``, and
+            ``"gate"`` where it is a projection of its own. The same probe completes and checks them, and they are
+            returned instead of a search.
 
     Raises:
         SiteError: A site given by hand is not what it is said to be; the message names what was observed.

@@ -14,7 +14,7 @@ from hf_geglu.sites.lone import lone_projection
 from hf_geglu.sites.observe import Probe, Seen, observe, visible
 from hf_geglu.sites.projections import Port, leads_on, read_port, within
 from hf_geglu.sites.signature import Signatures
-from hf_geglu.sites.site import FoundSites, Kind, Rejection, Site
+from hf_geglu.sites.site import FoundSites, Kind, Rejection, Site, innermost
 from hf_geglu.sites.stacks import Stacks, stacks_of
 from hf_geglu.sites.twin import Mold
 from hf_geglu.sites.verdict import Observation
@@ -233,7 +233,7 @@ def as_site(block: nn.Module, path: str, seen: Seen) -> Site:
         return f"{path}.{relative}" if path else relative
 
     form = one.up.port.form
-    holder = _holder(one.projections) if one.up.port.stacked else ""
+    holder = innermost(one.projections) if one.up.port.stacked else ""
     return Site(
         block=absolute(holder) if holder else path,
         gate=absolute(one.gate.path),
@@ -253,13 +253,6 @@ def as_site(block: nn.Module, path: str, seen: Seen) -> Site:
         width=one.down.port.d_in,
         d_out=one.down.port.d_out,
     )
-
-
-def _holder(parameters: tuple[str, ...]) -> str:
-    """The innermost module that holds all of these parameters."""
-    first, *others = (path.split(".")[:-1] for path in parameters)
-    common = [name for at, name in enumerate(first) if all(other[: at + 1] == first[: at + 1] for other in others)]
-    return ".".join(common)
 
 
 def _kind(block: nn.Module, one: Observation) -> Kind:

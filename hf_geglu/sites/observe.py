@@ -80,6 +80,7 @@ def observe(
     stub_sets: Collection[Collection[str]] = ((),),
     mold: Mold | None = None,
     widths: Collection[int] = (),
+    by_hand: bool = False,
 ) -> Probe:
     """Probe one block by behaviour; its weights are never read and nothing of it changes.
 
@@ -88,6 +89,7 @@ def observe(
         stub_sets: Paths of children to be replaced by noise. Each set is tried until one shows an FFN block.
         mold: Casts the twins; give the one made of the whole model when many of its blocks are probed.
         widths: Of the hidden state; read off the projections where none are given.
+        by_hand: Somebody says that there is a block, so its widths need not be those of one.
     """
     mold = mold or Mold(block)
     verdict: Verdict | None = None
@@ -97,7 +99,7 @@ def observe(
             for recipe in _recipes(block, stubs, widths):
                 run = _persist(block, mold, recipe)
                 if run.error is None and run.trace.calls:
-                    shown = judge(run.trace)
+                    shown = judge(run.trace, by_hand=by_hand)
                     if shown.taken:
                         return _probed(block, mold, run, shown)
                     verdict = verdict if verdict and verdict.refused else shown
@@ -105,7 +107,7 @@ def observe(
                 if furthest is None or len(run.trace.calls) > len(furthest.trace.calls):
                     furthest = run
         if verdict is None and furthest is not None:
-            shown = judge(furthest.trace)
+            shown = judge(furthest.trace, by_hand=by_hand)
             if shown.taken:
                 return _probed(block, mold, furthest, shown)
     if verdict is not None:

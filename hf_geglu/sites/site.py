@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,3 +92,10 @@ class FoundSites:
 
     def __len__(self) -> int:
         return len(self.sites)
+
+
+def innermost(paths: Iterable[str]) -> str:
+    """Path of the innermost module that holds all of these modules or parameters; "" for the model itself."""
+    first, *others = (path.split(".")[:-1] for path in paths)
+    shared = [name for at, name in enumerate(first) if all(other[: at + 1] == first[: at + 1] for other in others)]
+    return ".".join(shared)

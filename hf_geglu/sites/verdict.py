@@ -65,8 +65,8 @@ def entering(call: Call) -> torch.Tensor:
     return _rows(call.x.detach(), call)
 
 
-def judge(trace: Trace) -> Verdict:
-    """Look at every projection that was called and say what fed it."""
+def judge(trace: Trace, *, by_hand: bool = False) -> Verdict:
+    """Look at every projection that was called and say what fed it; `by_hand`: whatever its widths are."""
     found: list[Observation] = []
     refused: list[Refusal] = []
     for index, down in enumerate(trace.calls):
@@ -80,7 +80,7 @@ def judge(trace: Trace) -> Verdict:
             refused.append(outcome)
     taken: list[Observation] = []
     for one in found:
-        reason = _chained(one, found) or _unfit(one)
+        reason = _chained(one, found) or _unfit(one, by_hand)
         if reason is None:
             taken.append(one)
         else:
@@ -182,14 +182,14 @@ def _mixing(down: Call, feeding: list[Call], fits: list[Fit]) -> str:
     return f"the best fit is {fits[0]}" if fits else "as many numbers do not come out as go in"
 
 
-def _unfit(one: Observation) -> str | None:
+def _unfit(one: Observation, by_hand: bool) -> str | None:
     """Why a pair whose formula holds is still no FFN block."""
     up, down, seen = one.up, one.down, one.fit
     if any(call.port.form == "convolution" for call in (one.gate, up, down)):
         return f"a convolution wider than 1 is one of its projections ({up.path}, {down.path})"
     if one.gate.x.shape != up.x.shape or not torch.equal(one.gate.x, up.x):
         return f"gate {one.gate.path} and value {up.path} read different inputs"
-    if up.port.d_in != down.port.d_out:
+    if up.port.d_in != down.port.d_out and not by_hand:
         return (
             f"{up.path} reads width {up.port.d_in} and {down.path} writes width {down.port.d_out}: "
             f"a head or an adaptor between widths, d_in != d_out"
@@ -198,7 +198,7 @@ def _unfit(one: Observation) -> str | None:
         return f"no activation between {up.path} and {down.path}: a low-rank pair"
     if seen.layout == "dense" and seen.activation in SATURATING:
         return f"{seen.activation} between {up.path} and {down.path} saturates: a pooler or a gate, not an FFN"
-    if seen.layout == "dense" and down.port.d_in < up.port.d_in and not up.port.stacked:
+    if seen.layout == "dense" and down.port.d_in < up.port.d_in and not up.port.stacked and not by_hand:
         return f"a bottleneck ({up.port.d_in} -> {down.port.d_in} -> {down.port.d_out}): an adapter or squeeze-excite"
     if one.runner_up is not None and one.runner_up.holds:
         return f"{seen} and {one.runner_up} cannot be told apart"
