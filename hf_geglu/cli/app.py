@@ -114,6 +114,8 @@ def convert(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         command=sys.argv,
+        companions=model,
+        revision=revision,
     )
     print(f"saved in {output_dir}")
 

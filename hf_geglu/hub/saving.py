@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_geglu.errors import OutputError
 from hf_geglu.hub.card import CARD, is_ours
+from hf_geglu.hub.companions import carry_companions
 from hf_geglu.hub.papers import document
 from hf_geglu.provenance import TrainingRecord
 
@@ -73,6 +74,8 @@ def save_folder(
     curves: Path | None = None,
     name: str | None = None,
     keep_card: Path | None = None,
+    companions: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
 ) -> Path:
     """Write a model, its generation config, its tokenizer or processor and its papers: all of it or nothing.
 
@@ -90,6 +93,9 @@ def save_folder(
         curves: a PNG of its loss curves, for the card.
         name: of the variant, for the card; the folder's by default.
         keep_card: a card that a person wrote, to go along instead of ours (which then lies beside it).
+        companions: folder or Hub id of the model that was converted. If sentence-transformers runs it, its pooling and
+            other modules go along.
+        revision: of `companions` on the Hub.
 
     Returns:
         The folder.
@@ -102,6 +108,8 @@ def save_folder(
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if companions is not None:
+            carry_companions(companions, temporary, revision=revision)
         if keep_card is None and not is_ours(target / CARD):
             keep_card = target / CARD
         if keep_card is not None:
