@@ -9,7 +9,11 @@ EXTRAS := test,lint
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]' peft
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.neighbours: $(VENV)/.installed  ## what variants are tested beside; 0.4 GB
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[neighbours]'
 	touch $@
 
 $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
@@ -20,10 +24,10 @@ $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
 demo: $(VENV)/.installed  ## the main job on a real model and real text
 	$(BIN)/hf-geglu demo --overwrite
 
-test: $(VENV)/.installed  ## the suite that CI runs
+test: $(VENV)/.neighbours  ## the suite that CI runs
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
-test-all: $(VENV)/.installed  ## the slow tests too
+test-all: $(VENV)/.neighbours  ## the slow tests too
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-floor: $(FLOOR)/.installed  ## the suite on the oldest supported transformers
