@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from hf_geglu.auto import auto_map, registered_config_class
-from hf_geglu.conversions import value_offset
+from hf_geglu.conversions import scale_at_run_time, value_offset
 from hf_geglu.errors import PlanError
 from hf_geglu.modeling_geglu import SCHEMA, TRIPWIRE, config_entry, set_config_entry, variant_model_class
 from hf_geglu.native import activation_keys, changed_config
@@ -87,6 +87,9 @@ def site_entry(entry: SitePlan) -> dict[str, Any]:
     }
     if site.activation_call is not None:
         recorded["call"] = site.activation_call
+    scale = scale_at_run_time(site, entry.scaling)
+    if scale is not None:
+        recorded["scale"] = list(scale)
     if expands:
         recorded |= unit_settings(entry)
         if is_stack(site.projection):

@@ -109,6 +109,25 @@ class PackedGLU(nn.Module):
         return ", ".join(f"{name}={value}" for name, (value, usual) in shown.items() if value != usual)
 
 
+class ScaledActivation(nn.Module):
+    """``beta activation(a z)``, for blocks that clamp what goes into the activation: there a scaling cannot be folded
+    into the weights."""
+
+    def __init__(self, activation: str | Callable[[torch.Tensor], torch.Tensor], a: float, beta: float) -> None:
+        super().__init__()
+        self.activation = ACT2FN[activation] if isinstance(activation, str) else activation
+        self.a, self.beta = a, beta
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Same shape."""
+        activated: torch.Tensor = self.activation(self.a * z)
+        return self.beta * activated
+
+    def extra_repr(self) -> str:
+        """The two constants."""
+        return f"a={self.a:g}, beta={self.beta:g}"
+
+
 _WIDTH_NAMES = ("out_features", "nf", "out_channels")
 """What nn.Linear, transformers' Conv1D and convolutions call the number of their outputs."""
 
@@ -167,9 +186,9 @@ EXPOSED = "gate_activation"
 
 
 def activation_calls(kind: type[nn.Module]) -> list[str]:
-    """What a class's `forward` calls on one expression, and so might be an activation that no attribute holds:
-    ``"F.silu(_)"``, ``"torch.square(torch.relu(_))"``; the second of a kind with a number, ``"F.relu(_) #1"``; in
-    another method with its name, ``"feed_forward: F.relu(_)"``."""
+    """What a class's `forward` computes of one expression, and so might be an activation that no attribute holds:
+    ``"F.silu(_)"``, ``"torch.square(torch.relu(_))"``, ``"_ * torch.sigmoid(self.alpha * _)"``; the second of a kind
+    with a number, ``"F.relu(_) #1"``; in another method with its name, ``"feed_forward: F.relu(_)"``."""
     found: dict[str, None] = {}
     for method in ("forward", *(name for name in vars(kind) if not name.startswith("__") and name != "forward")):
         try:
@@ -178,9 +197,8 @@ def activation_calls(kind: type[nn.Module]) -> list[str]:
             continue
         counts: dict[str, int] = {}
         for node in ast.walk(tree):
-            for pattern, _ in _readings(node) if isinstance(node, ast.Call) else ():
-                names = {name.id for name in ast.walk(ast.parse(pattern)) if isinstance(name, ast.Name)} - {"_"}
-                if all(name in function.__globals__ for name in names):
+            for pattern, _ in _readings(node):
+                if _names(ast.parse(pattern)) - {"_", "self"} <= function.__globals__.keys():
                     counts[pattern] = number = counts.get(pattern, -1) + 1
                     prefix = "" if method == "forward" else f"{method}: "
                     found[f"{prefix}{pattern}{f' #{number}' if number else ''}"] = None
@@ -200,8 +218,11 @@ def expose_activation(module: nn.Module, call: str) -> None:
     scope = inspect.unwrap(getattr(type(module), method, type(module).forward)).__globals__
     module.__class__ = _exposed_class(type(module), call)  # type: ignore[arg-type]
     name = pattern.removesuffix("(_)")
-    expression = name if name != pattern and "(" not in name else f"lambda _: {pattern}"
-    setattr(module, EXPOSED, eval(expression, scope))  # an expression of that very class
+    if name != pattern and "(" not in name:
+        held = eval(name, scope)  # an expression of that very class, as below
+    else:
+        held = eval(f"lambda self: lambda _: {pattern}", scope)(module)
+    setattr(module, EXPOSED, held)
 
 
 def _parts(call: str) -> tuple[str, str, int]:
@@ -217,14 +238,8 @@ def _exposed_class(kind: type[nn.Module], call: str) -> type[nn.Module]:
     method, pattern, number = _parts(call)
     try:
         function, tree = _parsed(kind, method)
-        found = [
-            (node, inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call)
-            for reading, inner in _readings(node)
-            if reading == pattern
-        ]
-        node, inner = found[number]
+        readings = ((node, inner, text) for node in ast.walk(tree) for text, inner in _readings(node))
+        node, inner = [(node, inner) for node, inner, text in readings if text == pattern][number]
     except (AttributeError, IndexError, OSError, TypeError) as error:
         raise VariantLoadError(
             f"{kind.__name__} does not call {call!r}, as the config of this GeGLU variant says; load it with the "
@@ -233,7 +248,7 @@ def _exposed_class(kind: type[nn.Module], call: str) -> type[nn.Module]:
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     owner = ast.Name(definition.args.args[0].arg, ast.Load())
-    node.func, node.args, node.keywords = ast.Attribute(owner, EXPOSED, ast.Load()), [inner], []
+    tree = _Put(node, ast.Call(ast.Attribute(owner, EXPOSED, ast.Load()), [inner], [])).visit(tree)
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag
     code = compile(ast.fix_missing_locations(tree), f"<{kind.__qualname__}.{method}>", "exec", flags, dont_inherit=True)
     namespace: dict[str, Any] = {}
@@ -250,32 +265,47 @@ def _parsed(kind: type[nn.Module], method: str) -> tuple[Any, ast.Module]:
     return function, ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
-def _readings(call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
-    """A call as a function of one expression inside it: of its first argument or the object of a method, and of what
-    those are called on in turn. Each as source with that expression written as "_"."""
+def _readings(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """An expression as a function of one inside it, as source with that one written as "_".
+
+    A call is one of its first argument, or of the object of a method, and of what those are computed of in turn;
+    arithmetic is one of the only variable in it.
+    """
     hole = ast.Name("_", ast.Load())
-    if call.args and not isinstance(call.args[0], ast.Starred):
-        inner = call.args[0]
-        outer = ast.Call(call.func, [hole, *call.args[1:]], call.keywords)
-    elif isinstance(call.func, ast.Attribute):
-        inner = call.func.value
-        outer = ast.Call(ast.Attribute(hole, call.func.attr, ast.Load()), [], call.keywords)
+    if isinstance(node, ast.Call) and node.args and not isinstance(node.args[0], ast.Starred):
+        outer, inner = ast.Call(node.func, [hole, *node.args[1:]], node.keywords), node.args[0]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        outer = ast.Call(ast.Attribute(hole, node.func.attr, ast.Load()), [], node.keywords)
+        inner = node.func.value
+    elif isinstance(node, ast.BinOp):
+        stored = _names(node) - {"self", "torch", "math"}
+        if len(stored) == 1:
+            name = stored.pop()
+            text = ast.unparse(_Put(name, hole).visit(ast.parse(ast.unparse(node), mode="eval")))
+            yield text, ast.Name(name, ast.Load())
+        return
     else:
         return
     text = ast.unparse(outer)
     yield text, inner
     for deeper, innermost in _readings(inner) if isinstance(inner, ast.Call) else ():
-        yield ast.unparse(_Fill(deeper).visit(ast.parse(text, mode="eval"))), innermost
+        yield ast.unparse(_Put("_", ast.parse(deeper, mode="eval").body).visit(ast.parse(text, mode="eval"))), innermost
 
 
-class _Fill(ast.NodeTransformer):
-    """Puts an expression in the place of "_"."""
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
-    def __init__(self, text: str) -> None:
-        self.expression = ast.parse(text, mode="eval").body
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return self.expression if node.id == "_" else node
+class _Put(ast.NodeTransformer):
+    """Puts an expression in the place of a node, or of every variable of a name."""
+
+    def __init__(self, place: ast.AST | str, new: ast.expr) -> None:
+        self.place, self.new = place, new
+
+    def visit(self, node: ast.AST) -> Any:
+        """As in `ast.NodeTransformer`."""
+        named = isinstance(node, ast.Name) and node.id == self.place
+        return self.new if named or node is self.place else self.generic_visit(node)
 
 
 def _locate(model: nn.Module, path: str, call: str | None) -> str | None:
@@ -339,6 +369,8 @@ def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
                 _initialise(model, packed)
                 set_attribute(model, site["up"], packed)
             activation = PackedGLU(activation, **{key: site[key] for key in ("dim", "groups", "offset") if key in site})
+        elif "scale" in site:
+            activation = ScaledActivation(activation, *site["scale"])
         set_attribute(model, site["activation"], activation)
 
 

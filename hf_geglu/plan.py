@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from hf_geglu.conversions import Scaling, find_scaling
+from hf_geglu.conversions import Scaling, find_scaling, scale_at_run_time
 from hf_geglu.cost import Cost, cost, cost_after
 from hf_geglu.errors import ConversionError, NoSitesError, PlanError
 from hf_geglu.native import native_config_change
@@ -254,7 +254,7 @@ def _refuse_if_unfit(model: nn.Module, site: Site, shared: dict[str, list[str]],
             "can be exchanged neither as an attribute nor as a call; give the class an attribute for it, or leave the "
             "layer out with `layers=`"
         )
-    if site.value_offset and scaling.beta != 1.0:
+    if site.value_offset and scaling.beta != 1.0 and not scale_at_run_time(site, scaling):
         raise ConversionError(
             f"the block multiplies by value + {site.value_offset}, so its value branch cannot be scaled; use a variant "
             "with the block's own gate, or leave the layer out with `layers=`"
@@ -293,9 +293,12 @@ def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[T
     if not converted:
         return "native", "every selected block is what was asked for already", {}
     changes: dict[str, str] = {}
-    dense = [plan.site for plan in converted if plan.conversion == "expand"]
+    dense = [plan.site.up for plan in converted if plan.conversion == "expand"]
+    scaled = [plan.site.up for plan in converted if scale_at_run_time(plan.site, plan.scaling)]
     if dense:
-        reason = f"{type(model).__name__} has no gated block of its own at {dense[0].up}"
+        reason = f"{type(model).__name__} has no gated block of its own at {dense[0]}"
+    elif scaled:
+        reason = f"{scaled[0]} clamps its branches, so that the scaling stays outside the weights"
     else:
         wanted = {plan.site.up: plan.scaling.gate for plan in plans}
         changes, reason = native_config_change(model, found, wanted)

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_geglu.conversions import rewrites
+from hf_geglu.conversions import rewrites, scale_at_run_time
 from hf_geglu.declaration import declare_config, site_entry, unit_settings
 from hf_geglu.errors import PlanError, SurgeryError, WeightsError
 from hf_geglu.modeling_geglu import (
     PackedGLU,
+    ScaledActivation,
     expose_activation,
     get_attribute,
     set_attribute,
@@ -200,7 +201,10 @@ def _replace_activation(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
         )
     original = get_attribute(model, path)
     gate = original if entry.keeps_activation else ACT2FN[entry.scaling.gate]
-    replacement = PackedGLU(gate, **unit_settings(entry)) if packed else gate
+    scale = scale_at_run_time(entry.site, entry.scaling)
+    replacement = ScaledActivation(gate, *scale) if scale is not None else gate
+    if packed:
+        replacement = PackedGLU(gate, **unit_settings(entry))
     if isinstance(replacement, nn.Module) and replacement is not original:
         # the flag alone, not .train(): the kept activation inside has its own mode already
         replacement.training = original.training if isinstance(original, nn.Module) else model.training

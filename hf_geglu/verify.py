@@ -9,6 +9,7 @@ Three levels, each catching what the others cannot:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -130,10 +131,13 @@ def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.
     # pre-activations of a few units, where the activations differ from their asymptotes
     x_D = x_D * (2.0 / _apply(x_D, old_gate).std().clamp_min(1e-30))
 
+    high = math.inf if site.limit is None else site.limit
     act_before, act_after = undo.activations[site.up], _installed_gate(model, entry)
-    z, value = _apply(x_D, old_gate), 1.0 if old_value is None else _apply(x_D, old_value) + site.value_offset
+    z = _apply(x_D, old_gate).clamp(max=high)
+    value = 1.0 if old_value is None else _apply(x_D, old_value).clamp(-high, high) + site.value_offset
     before = act_before(z) * value
-    after = act_after(_apply(x_D, new_gate)) * (_apply(x_D, new_value) + value_offset(site, scaling))
+    new_z, new_v = _apply(x_D, new_gate).clamp(max=high), _apply(x_D, new_value).clamp(-high, high)
+    after = act_after(new_z) * (new_v + value_offset(site, scaling))
 
     difference = (after - before).abs()
     allowed = _allowed(x_D, old_gate, old_value, before, value, scaling, _dtype(model, site))

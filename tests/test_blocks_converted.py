@@ -121,8 +121,33 @@ class CalledGated(Called):
         return self.two(fn.silu(self.one(x)) * self.side(x))
 
 
+class Clamped(CalledGated):
+    """As in DeepSeek-V4: a scaling folded into the weights would move what is clamped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit = 1.5
+
+    def forward(self, x):
+        gate, value = self.one(x).clamp(max=self.limit), self.side(x).clamp(-self.limit, self.limit)
+        return self.two(fn.silu(gate) * value)
+
+
+class ClampedExperts(InterleavedExperts):
+    """As in gpt-oss: interleaved, clamped, value + 1, the activation written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit, self.alpha = 7.0, 1.702
+
+    def expert(self, x, e):
+        both = x @ self.rise[e] + self.rise_bias[e]
+        gate, value = both[..., ::2].clamp(max=self.limit), both[..., 1::2].clamp(-self.limit, self.limit)
+        return ((value + 1) * (gate * torch.sigmoid(gate * self.alpha))) @ self.fall[e]
+
+
 EXACT = [DenseExperts, DenseTransposedExperts, Pointwise, Grouped, Called]
-APPROXIMATE = [Experts, TransposedGateLast, InterleavedExperts, SeparateExperts, CalledGated]
+APPROXIMATE = [Experts, TransposedGateLast, InterleavedExperts, SeparateExperts, CalledGated, Clamped, ClampedExperts]
 
 
 @pytest.mark.parametrize("kind", EXACT + APPROXIMATE)

@@ -190,7 +190,7 @@ def names(layout: str, activation: str, path: str | None = None, half: str | Non
         (InPlace, names("dense", "relu", "_.relu_()")),
         (Squared, names("dense", "relu2", "torch.square(torch.relu(_))")),
         (Twice, names("dense", "relu", "fn.relu(_) #1")),
-        (PythonGelu, names("dense", "gelu")),
+        (PythonGelu, names("dense", "gelu", "_ * 0.5 * (1 + torch.erf(_ / 2 ** 0.5))")),
         (InFloat32, names("dense", "gelu", "fn.gelu(_)")),
         (Conv1DBlock, names("dense", "relu", "torch.relu(_)")),
         (Weightwise, names("dense", "relu", "fn.relu(_)")),

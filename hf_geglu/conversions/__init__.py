@@ -2,7 +2,7 @@
 
 from hf_geglu.conversions.expand import expand
 from hf_geglu.conversions.retarget import retarget, retarget_packed
-from hf_geglu.conversions.rewrite import Rewrite, branch_outputs, rewrites, value_offset
+from hf_geglu.conversions.rewrite import Rewrite, branch_outputs, rewrites, scale_at_run_time, value_offset
 from hf_geglu.conversions.scaling import SCALINGS, Scaling, find_scaling
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "retarget",
     "retarget_packed",
     "rewrites",
+    "scale_at_run_time",
     "value_offset",
 ]

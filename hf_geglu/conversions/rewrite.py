@@ -56,6 +56,13 @@ def rewrites(site: Site, scaling: Scaling, shapes: Mapping[str, Shape]) -> tuple
     return tuple(_expanded(site, scaling, shapes))
 
 
+def scale_at_run_time(site: Site, scaling: Scaling) -> tuple[float, float] | None:
+    """(a, beta) where the block clamps its branches: folded into the weights, they would change what is clamped."""
+    if site.limit is None or scaling.a == scaling.beta == 1.0:
+        return None
+    return scaling.a, scaling.beta
+
+
 def value_offset(site: Site, scaling: Scaling) -> float:
     """The constant that the converted block adds to its value branch when it runs.
 
@@ -98,7 +105,7 @@ def _wider(
 
 
 def _retargeted(site: Site, scaling: Scaling, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
-    if scaling.a == scaling.beta == 1.0 and scaling.fits_gated:
+    if (scaling.a == scaling.beta == 1.0 and scaling.fits_gated) or scale_at_run_time(site, scaling):
         return
     if site.layout == "separate":
         branches: tuple[tuple[str, Literal["gate", "value"], float], ...] = (

@@ -48,7 +48,7 @@ def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any]
     filled = {
         parameter.name: _value(parameter.name, x, filling)
         for parameter in parameters[1:]
-        if _required(parameter) or parameter.name in _ALWAYS
+        if _required(parameter) or parameter.name in _ALWAYS or _routes(parameter.name)
     }
     if filling == "lengths":
         filled.update((parameter.name, SIDE) for parameter in parameters[1:] if _optional_length(parameter))
@@ -85,6 +85,11 @@ def _required(parameter: inspect.Parameter) -> bool:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY,
     )
+
+
+def _routes(name: str) -> bool:
+    """Whether it says which experts a token goes to: needed even where it has a default."""
+    return bool(_CHOICE.search(name) or _SHARE.search(name))
 
 
 def _optional_length(parameter: inspect.Parameter) -> bool:

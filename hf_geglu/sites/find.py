@@ -249,6 +249,7 @@ def as_site(block: nn.Module, path: str, seen: Seen) -> Site:
         groups=one.up.port.groups,
         dim=seen.dim,
         value_offset=one.fit.offset,
+        limit=one.fit.limit,
         d_in=one.up.port.d_in,
         width=one.down.port.d_in,
         d_out=one.down.port.d_out,

@@ -8,8 +8,8 @@ errors of all of them are compared in float64. Nothing here knows of modules: te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,8 @@ class Fit:
     """For separate projections: which of the two goes through the activation."""
     offset: float
     error: float
+    limit: float | None = None
+    """Gate clamped from above at that, value from both sides, before anything else is done to them."""
 
     @property
     def holds(self) -> bool:
@@ -44,7 +46,8 @@ class Fit:
     def __str__(self) -> str:
         half = f", gate {self.gate_half}" if self.gate_half else ""
         offset = f", value + {self.offset:g}" if self.offset else ""
-        return f"{self.layout} {self.activation}{half}{offset} (error {self.error:.1e})"
+        limit = f", clamped at {self.limit:g}" if self.limit is not None else ""
+        return f"{self.layout} {self.activation}{half}{offset}{limit} (error {self.error:.1e})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,12 @@ class Branches:
     gate_source: int
     gate: torch.Tensor
     value: torch.Tensor | None
+
+    def clamped(self, limit: float | None) -> Branches:
+        """The same, as a block that clamps reads them."""
+        if limit is None or self.value is None:
+            return self
+        return replace(self, gate=self.gate.clamp(max=limit), value=self.value.clamp(-limit, limit))
 
 
 def readings(sources_NK: list[torch.Tensor], width: int) -> Iterator[Branches]:
@@ -76,10 +85,18 @@ def readings(sources_NK: list[torch.Tensor], width: int) -> Iterator[Branches]:
         yield Branches("interleaved", "last", 0, odd, even)
 
 
-def fit(z_NF: torch.Tensor, sources_NK: list[torch.Tensor]) -> list[Fit]:
-    """Every formula with its error, the best first; empty where the shapes allow none."""
+def fit(z_NF: torch.Tensor, sources_NK: list[torch.Tensor], limits: Collection[float] = ()) -> list[Fit]:
+    """Every formula with its error, the best first; empty where the shapes allow none. Where none holds, gated ones are
+    also tried with their branches clamped at each of the `limits`."""
+    fits = _fits(z_NF, sources_NK, None)
+    for limit in limits if fits and not fits[0].holds and fits[0].layout != "dense" else ():
+        fits = sorted(_fits(z_NF, sources_NK, limit) + fits, key=lambda one: one.error)
+    return fits
+
+
+def _fits(z_NF: torch.Tensor, sources_NK: list[torch.Tensor], limit: float | None) -> list[Fit]:
     fits = [
-        _measured(branches, name, activation, offset, z_NF)
+        _measured(branches.clamped(limit), name, activation, offset, z_NF, limit)
         for branches in readings(sources_NK, z_NF.shape[-1])
         if branches.gate.shape == z_NF.shape
         for name, activation in candidates()
@@ -92,13 +109,15 @@ def fit(z_NF: torch.Tensor, sources_NK: list[torch.Tensor]) -> list[Fit]:
     return sorted(fits, key=lambda one: one.error)
 
 
-def _measured(branches: Branches, name: str, activation: Elementwise, offset: float, z_NF: torch.Tensor) -> Fit:
+def _measured(
+    branches: Branches, name: str, activation: Elementwise, offset: float, z_NF: torch.Tensor, limit: float | None
+) -> Fit:
     step = max(1, z_NF.numel() // SAMPLE)
     sampled = [t if t is None else t.reshape(-1)[::step] for t in (branches.gate, branches.value, z_NF)]
     error = _error(activation, sampled[0], sampled[1], offset, sampled[2])
     if error < TOLERANCE and step > 1:
         error = _error(activation, branches.gate, branches.value, offset, z_NF)
-    return Fit(branches.layout, name, branches.gate_half, branches.gate_source, offset, error)
+    return Fit(branches.layout, name, branches.gate_half, branches.gate_source, offset, error, limit)
 
 
 def _error(

@@ -221,7 +221,7 @@ def _with_attribute(
     named = dict(candidates())[one.fit.activation]
     for path in dict.fromkeys(heard.path for heard in run.trace.heard):
         heard = [heard for heard in run.trace.heard if heard.path == path]
-        if not all(_same(named(each.x), each.y) for each in heard):
+        if not all(each.x.is_floating_point() and _same(named(each.x), each.y) for each in heard):
             continue
         inputs = [each.x for each in heard]
         for dim in (1, -1):

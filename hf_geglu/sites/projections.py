@@ -23,12 +23,17 @@ class Port:
     d_out: int
     form: Form
     groups: int = 1
-    """Of a pointwise convolution: each group of outputs reads a group of inputs of its own."""
+    """Of a convolution: each group of outputs reads a group of inputs of its own."""
 
     @property
     def convolves(self) -> bool:
         """Whether channels come second in its input rather than last."""
         return self.form in ("pointwise", "convolution")
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether it mixes positions of one channel each."""
+        return self.form == "convolution" and self.groups == self.d_in == self.d_out
 
     @property
     def stacked(self) -> bool:
@@ -48,7 +53,7 @@ def read_port(module: nn.Module) -> Port | None:
     if isinstance(module, _ConvNd):
         if all(extent == 1 for extent in (*module.kernel_size, *module.stride)) and not _depthwise(module):
             return Port(module.in_channels, module.out_channels, "pointwise", module.groups)
-        return Port(module.in_channels, module.out_channels, "convolution")
+        return Port(module.in_channels, module.out_channels, "convolution", module.groups)
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not (isinstance(d_in, int) and isinstance(d_out, int)):
         return None

@@ -54,6 +54,8 @@ class Site:
     """The dimension of what the activation is given that counts neurons: 1 between convolutions."""
     value_offset: float = 0.0
     """Constant added to the value branch before the product (1.0 in gpt-oss)."""
+    limit: float | None = None
+    """Where the block clamps its branches: the gate from above before the activation, the value from both sides."""
     d_in: int
     width: int
     """F: how many neurons the block has, not the number of rows of a packed projection."""

@@ -89,6 +89,8 @@ class Trace(TorchFunctionMode):
         self.calls: list[Call] = []
         self.heard: list[Heard] = []
         self.results: list[torch.Tensor] = []
+        self.limits: dict[float, None] = {}
+        """Numbers that the modules hold, any of which may be what they clamp at."""
         self.forms = forms if forms is not None else {}
         self.last_stub: str | None = None
         self._rehearsal = rehearsal
@@ -121,6 +123,8 @@ class Trace(TorchFunctionMode):
             self.attach(child, path=_join(path, name)) for name, child in twin._modules.items() if child is not None
         ]
         for name, value in list(twin.__dict__.items()):
+            if type(value) is float and 1.0 < value < 1e3:
+                self.limits[value] = None
             if name != "forward" and not name.startswith("_") and _is_function(value):
                 twin.__dict__[name] = partial(self._hear, value, _join(path, name))
         if not any(holds) and path:
@@ -228,7 +232,17 @@ _PAIRS = _PRODUCTS - {
     torch.nn.functional.conv3d,
 }
 """Products whose second argument is the weight."""
-_SELECTIONS = frozenset({torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select})
+_SELECTIONS = frozenset(
+    {
+        torch.Tensor.__getitem__,
+        torch.index_select,
+        torch.Tensor.index_select,
+        torch.Tensor.float,
+        torch.Tensor.to,
+        torch.Tensor.type,
+    }
+)
+"""What copies a weight, or some of it."""
 
 
 def _storage(value: Any) -> int:

@@ -9,6 +9,7 @@ cache or mode of the original is ever touched.
 from __future__ import annotations
 
 import copy
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,6 +53,17 @@ def stand_in(tensor: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
         return torch.rand(tensor.shape, generator=noise, dtype=torch.float64, device="cpu") + 0.5
     # a whole row, so that strides still tell which dimension came last when the tensor is seen transposed
     return torch.full(tensor.shape[-1:], 0.5, dtype=torch.float64, device="cpu").expand(tensor.shape)
+
+
+def _buffer(buffer: torch.Tensor, name: str, noise: torch.Generator) -> torch.Tensor:
+    """A stand-in, but single numbers as they are: the bounds of a clamp must stay in order. On the meta device, where
+    they have no value, bounds are infinite."""
+    if buffer.numel() != 1 or not buffer.is_floating_point():
+        return stand_in(buffer, noise)
+    if not buffer.is_meta:
+        return buffer.detach().to("cpu", torch.float64)
+    bound = -math.inf if name.endswith("min") else math.inf if name.endswith("max") else 1.0
+    return torch.full(buffer.shape, bound, dtype=torch.float64, device="cpu")
 
 
 class Mold:
@@ -111,7 +123,7 @@ class Mold:
                 memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
             twin._parameters[name] = memo[id(parameter)]
         for name, buffer in module._buffers.items():
-            twin._buffers[name] = None if buffer is None else stand_in(buffer, noise)
+            twin._buffers[name] = None if buffer is None else _buffer(buffer, name, noise)
         for name, child in module._modules.items():
             twin._modules[name] = None if child is None else self._shape(child, memo, pairs, stubbed, noise)
         return twin

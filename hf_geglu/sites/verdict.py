@@ -73,14 +73,14 @@ def judge(trace: Trace, *, by_hand: bool = False) -> Verdict:
         feeding = _feeding(down, trace.calls[:index])
         if not 1 <= len(feeding) <= 2:
             continue
-        outcome = _pair(down, feeding, trace.results)
+        outcome = _pair(down, feeding, trace)
         if isinstance(outcome, Observation):
             found.append(outcome)
         elif outcome is not None:
             refused.append(outcome)
     taken: list[Observation] = []
     for one in found:
-        reason = _chained(one, found) or _unfit(one, by_hand)
+        reason = _mixes(one) or _chained(one, found) or _unfit(one, by_hand)
         if reason is None:
             taken.append(one)
         else:
@@ -102,20 +102,31 @@ def _feeding(down: Call, earlier: list[Call]) -> list[Call]:
     return [call for call, grad in zip(earlier, grads, strict=True) if grad is not None and bool(grad.any())]
 
 
-def _pair(down: Call, feeding: list[Call], results: list[torch.Tensor]) -> Observation | Refusal | None:
+def _pair(down: Call, feeding: list[Call], trace: Trace) -> Observation | Refusal | None:
     """What `down` and the one or two projections that feed it are; None where their widths say nothing."""
     paths = tuple(call.path for call in (*feeding, down))
-    fits = fit(entering(down), [rows(call) for call in feeding])
+    fits = fit(entering(down), [rows(call) for call in feeding], trace.limits)
     if fits and fits[0].holds:
         return _observation(down, feeding, fits, direct=True)
     if not any(leads_on(call.port, down.port) for call in feeding):
         return None
-    for result in reversed(results):
+    for result in reversed(trace.results):
         inner = _unit(result, down, feeding)
         if inner and everything_passes(result, down, feeding):
             return _observation(down, feeding, inner, direct=False)
     names = " and ".join(f"{call.path} ({call.port.d_in} -> {call.port.d_out})" for call in feeding)
-    return Refusal(paths, f"what enters {down.path} is no activation of {names}: {_mixing(down, feeding, fits)}")
+    why = _unnamed(down, feeding, trace) or _mixing(down, feeding, fits)
+    return Refusal(paths, f"what enters {down.path} is no activation of {names}: {why}")
+
+
+def _unnamed(down: Call, feeding: list[Call], trace: Trace) -> str | None:
+    """Whether something that an attribute holds stands between two projections, and is no function with a name."""
+    if len(feeding) == 1:
+        said, z_NF = feeding[0].out.detach(), entering(down)
+        for heard in trace.heard:
+            if _equal(heard.x, said) and _equal(heard.y.reshape(-1, heard.y.shape[-1]), z_NF):
+                return f"{heard.path} computes a function that has no name in ACT2FN, or one with learned numbers"
+    return None
 
 
 def _observation(down: Call, feeding: list[Call], fits: list[Fit], *, direct: bool) -> Observation:
@@ -205,6 +216,17 @@ def _unfit(one: Observation, by_hand: bool) -> str | None:
     return None
 
 
+def _mixes(one: Observation) -> str | None:
+    """Whether it is the second half of a MixFFN."""
+    up = one.up
+    if up.port.depthwise:
+        return (
+            f"a depthwise convolution ({up.path}) stands between the up projection and the activation (a MixFFN): "
+            "positions are mixed before the gate, and a value branch would need a convolution of its own"
+        )
+    return None
+
+
 def _chained(one: Observation, found: list[Observation]) -> str | None:
     """Whether an activated projection comes before or after the pair: then it is a perceptron of more layers."""
     for other in found:
@@ -219,12 +241,14 @@ def _chained(one: Observation, found: list[Observation]) -> str | None:
 
 def gate_of(gate: Call, one: Observation) -> torch.Tensor:
     """What goes through the activation in a block like `one`, read off this call of its gate projection."""
-    return _halves(gate, one.down, one.fit)[0]
+    gate_NF = _halves(gate, one.down, one.fit)[0]
+    return gate_NF if one.fit.limit is None else gate_NF.clamp(max=one.fit.limit)
 
 
 def value_of(up: Call, down: Call, seen: Fit) -> torch.Tensor:
     """What the activation is multiplied by in a gated block, read off this call of the up projection."""
-    return rows(up) if seen.layout == "separate" else _halves(up, down, seen)[1]
+    value_NF = rows(up) if seen.layout == "separate" else _halves(up, down, seen)[1]
+    return value_NF if seen.limit is None else value_NF.clamp(-seen.limit, seen.limit)
 
 
 def _halves(call: Call, down: Call, seen: Fit) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,3 +266,7 @@ def _halves(call: Call, down: Call, seen: Fit) -> tuple[torch.Tensor, torch.Tens
 def _rows(tensor: torch.Tensor, call: Call) -> torch.Tensor:
     moved = tensor.movedim(1, -1) if call.port.convolves and tensor.ndim > 2 else tensor
     return moved.reshape(-1, moved.shape[-1])
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
