@@ -1,0 +1,123 @@
+"""What single model types must be told, because their default config cannot be built or is not consistent when small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FORECAST = {"prediction_length": 8}
+_BACKBONE = {"use_timm_backbone": False, "backbone": None}
+_RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "out_features": ["stage4"],
+}
+_DETR = {**_BACKBONE, "backbone_config": _RESNET}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 32, "patch_size": 8}
+_FASTVIT = {
+    "model_type": "timm_wrapper",
+    "architecture": "fastvit_t8",
+    "hidden_size": 384,
+    "do_pooling": True,
+    "global_pool": "avg",
+    "model_args": {"inference_mode": True},
+}
+_GEMMA4_ASSISTED = {
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_hidden_layers": 2,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "autoformer": _FORECAST,
+    "informer": _FORECAST,
+    "time_series_transformer": _FORECAST,
+    # head_dim is None by default, or is not hidden size / heads
+    "ministral": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] * 12},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "moonshine_streaming": {"num_key_value_heads": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 2, "activation_sparsity_pattern": None},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    # read by the model, not declared by the config
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "t5gemma2_decoder": {"dropout_rate": 0.0},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+    "qwen3_omni_moe_talker": {"spatial_merge_size": 2},
+    # mappings that come with a tokenizer
+    "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGA": 20, "IMGIMGB": 21}},
+    "emu3": {"vocabulary_map": {"<image>": 8, "<|extra_200|>": 9, "<|visual token 000000|>": 20}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1]},
+    "vitmatte": {"fusion_hidden_sizes": [32, 16, 8, 4]},
+    "gemma4_assistant": {"text_config": _GEMMA4_ASSISTED},
+    "gemma4_unified_assistant": {"text_config": _GEMMA4_ASSISTED | {"model_type": "gemma4_unified_text"}},
+    # sizes that must agree: Mamba heads, rotary sections, groups of channels
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "esmc": {"num_key_value_heads": 4},
+    "cosmos3_edge_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "csm": {"codec_config": {"model_type": "mimi", "upsample_groups": 32}},
+    "mimi": {"upsample_groups": 32},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "glm5_next_text": {"num_key_value_heads": 4},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "ernie4_5_vl_moe_text": {"moe_num_experts": 4, "moe_intermediate_size": [24, 24]},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1, 2, 2]},
+    # timm's, small
+    "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},
+    "timm_wrapper": {"architecture": "vit_tiny_patch16_224", "model_args": _TIMM_VIT},
+    "gemma3n_vision": {"model_args": {"channel_multiplier": 0.125}},
+    "fast_vlm": {"vision_config": _FASTVIT},
+    # a backbone without timm
+    "detr": _DETR,
+    "conditional_detr": _DETR,
+    "deformable_detr": _DETR,
+    "dab-detr": _DETR,
+    "table-transformer": _DETR,
+    "omdet-turbo": {**_BACKBONE, "backbone_config": {"model_type": "swin"}},
+}
+"""Model type -> keys of its config, wherever in a nested config that type appears."""
+
+COMPOSED: dict[str, tuple[str, str, str]] = {
+    "encoder-decoder": ("from_encoder_decoder_configs", "bert", "bert"),
+    "speech-encoder-decoder": ("from_encoder_decoder_configs", "wav2vec2", "bert"),
+    "vision-encoder-decoder": ("from_encoder_decoder_configs", "vit", "bert"),
+    "vision-text-dual-encoder": ("from_vision_text_configs", "vit", "bert"),
+}
+"""Types that are put together from two others: the config's class method and the two types."""
+
+CLASSES: dict[str, str] = {
+    # what AutoModel names reads another config, or the model is another type's
+    "idefics_vision": "models.idefics.vision.IdeficsVisionTransformer",
+    "nougat": "models.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",
+    "pp_chart2table": "models.got_ocr2.modeling_got_ocr2.GotOcr2Model",
+    "pp_chart2table_vision": "models.got_ocr2.modeling_got_ocr2.GotOcr2VisionEncoder",
+    "vibevoice_diffusion": "models.vibevoice.modeling_vibevoice.VibeVoiceDiffusionHead",
+}
+"""Model type -> its class below `transformers`, where no rule of `classes` tells."""
+
+NOT_BUILT: dict[str, str] = {
+    "idefics_perciever": "its module takes sizes of the model around it; it is built, and its sites found, as part of idefics",
+    "sapiens2_head": "no model of its own; it is built as part of sapiens2",
+    "gemma4_unified_audio": "no model of its own; it is built as part of gemma4_unified",
+    "gemma4_unified_vision": "its module takes the config of the text model too; it is built as part of gemma4_unified",
+    "t5_gemma_module": "the config of T5Gemma's two stacks, no model; they are built as part of t5gemma",
+}
+"""Model types without a model of their own."""
