@@ -44,9 +44,30 @@ def convert(job: Job, keep: Keep) -> Job:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if job.get("original"):
+        return save_original(job, keep)
     side = _Side(Row(type=job["type"]), Path(job["folder"]), keep)
     side.work(partial=job["partial"])
     return side.state()
+
+
+def save_original(job: Job, keep: Keep) -> Job:
+    """The model as it is, saved: for what a variant does not survive because its original does not.
+
+    Args:
+        job: `type`, `folder`.
+        keep: see `forking`.
+
+    Returns:
+        reads: the one job for the other side, or none with an error.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    side = _Side(Row(type=job["type"]), Path(job["folder"]), keep)
+    model = side._build()
+    assert model is not None
+    side._save(model, type(model), "native", side._inputs(model), "original")
+    return {"reads": side._reads, "error": side.row.save_error}
 
 
 class _Side:
@@ -98,7 +119,7 @@ class _Side:
         with self._stage("train"):
             self._train(model, plan, inputs)
         with self._stage("save"):
-            self._save(model, original, plan, inputs, "all")
+            self._save(model, original, plan.tier, inputs, "all")
         with self._stage("revert"):
             hf_geglu.revert(model)
             row.reverted = _same(weights, model.state_dict()) and (
@@ -199,9 +220,9 @@ class _Side:
             self.row.step_error = _said(error)
 
     def _save(
-        self, model: nn.Module, original: type, plan: Plan, inputs: Mapping[str, Any] | None, what: str
+        self, model: nn.Module, original: type, tier: str, inputs: Mapping[str, Any] | None, what: str
     ) -> None:
-        if plan.tier == "in-memory":
+        if tier == "in-memory":
             return
         folder = self._folder / what
         try:
@@ -215,7 +236,7 @@ class _Side:
         mapped = [auto for auto, name in heads.items() if name == original.__name__]
         auto = "AutoModel" if "AutoModel" in mapped else next(iter(mapped), None)
         base = {"folder": str(folder), "what": what, "module": original.__module__, "class": original.__name__}
-        if plan.tier == "native":
+        if tier == "native":
             self._reads.append({**base, "way": "plain", "auto": auto})
             return
         self._reads.append({**base, "way": "plugin", "auto": auto})
@@ -230,7 +251,7 @@ class _Side:
         except Exception as error:
             self.row.convert_error = f"{what} only: {_said(error)}"
             return
-        self._save(model, original, plan, inputs, what)
+        self._save(model, original, plan.tier, inputs, what)
         hf_geglu.revert(model)
 
 

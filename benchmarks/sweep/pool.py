@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,25 @@ def one(name: str, converting: Server, reading: Server, *, partial: bool) -> dic
         row["reads"] = [
             {"what": job["what"], "way": job["way"], **_as_error(reading.ask(job))} for job in answer.get("reads", [])
         ]
+        if not all(map(is_identical, row["reads"])):
+            row["reads"] += _original(name, folder, converting, reading)
     row.setdefault("seconds", {})
     row["seconds"]["read"] = round(time.perf_counter() - read_start, 3)
     row["seconds"]["all"] = round(time.perf_counter() - start, 3)
     return row
+
+
+def is_identical(read: Mapping[str, Any]) -> bool:
+    """Whether what was loaded is what was saved, bit for bit."""
+    return not any(read.get(key) for key in ("error", "difference", "weights", "missing", "unexpected", "mismatched"))
+
+
+def _original(name: str, folder: str, converting: Server, reading: Server) -> list[dict[str, Any]]:
+    """The same with the model as it was: does transformers itself give back what was saved?"""
+    answer = converting.ask({"type": name, "folder": folder, "original": True})
+    if answer.get("crash") or answer.get("error"):
+        return [{"what": "original", "way": "plain", "error": answer.get("crash") or answer["error"]}]
+    return [{"what": job["what"], "way": job["way"], **_as_error(reading.ask(job))} for job in answer["reads"]]
 
 
 def _as_error(answer: Job) -> Job:

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from benchmarks.zoo.classes import model_class
 from benchmarks.zoo.overrides import COMPOSED, NOT_BUILT
 from benchmarks.zoo.shrinking import SHRINKINGS, Shrinking, overrides, small_config
+from benchmarks.zoo.weights import randomise
 
 LARGEST = 130_000_000
 """Parameters above which a model is not given memory: 0.5 GB in float32."""
@@ -77,6 +78,7 @@ def build(model_type: str) -> Built:
                 continue
             # the config is made anew: a model may have written into the one it was built from
             model = _instance(cls, _again(config), "cpu").float()
+            randomise(model)
             return Built(model=model, model_type=model_type, shrinking=name, device="cpu")
         except Exception as error:  # whatever a constructor has against its sizes; the next way may do
             failures.append(f"{name}: {type(error).__name__}: {error}")

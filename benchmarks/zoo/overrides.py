@@ -24,6 +24,17 @@ _FASTVIT = {
     "global_pool": "avg",
     "model_args": {"inference_mode": True},
 }
+_VIBEVOICE = {"num_filters": 4, "depths": [1, 1, 1, 1, 1, 1, 1]}
+_RATIOS = {"long": (7, 3), "mid": (5, 2), "short": (3, 1)}
+_INTRACLASS = {
+    "intraclass_block_config": {
+        "reduce_channel": [1, 1, 0],
+        "return_channel": [1, 1, 0],
+        **{f"vertical_long_to_small_conv_{name}ratio": [[k, 1], 1, [p, 0]] for name, (k, p) in _RATIOS.items()},
+        **{f"horizontal_small_to_long_conv_{name}ratio": [[1, k], 1, [0, p]] for name, (k, p) in _RATIOS.items()},
+        **{f"symmetric_conv_long_{name}ratio": [k, 1, p] for name, (k, p) in _RATIOS.items()},
+    }
+}
 _GEMMA4_ASSISTED = {
     "model_type": "gemma4_text",
     "hidden_size_per_layer_input": 0,
@@ -42,6 +53,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8},
+    "pp_ocrv5_server_det": _INTRACLASS,
+    "pp_ocrv6_medium_det": _INTRACLASS,
     "nemotron": {"num_key_value_heads": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]},
@@ -60,7 +73,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # mappings that come with a tokenizer
     "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGA": 20, "IMGIMGB": 21}},
     "emu3": {"vocabulary_map": {"<image>": 8, "<|extra_200|>": 9, "<|visual token 000000|>": 20}},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1]},
+    "granite4_vision": {"vision_config": {"hidden_size": 64}, "deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1]},
     "vitmatte": {"fusion_hidden_sizes": [32, 16, 8, 4]},
     "gemma4_assistant": {"text_config": _GEMMA4_ASSISTED},
     "gemma4_unified_assistant": {"text_config": _GEMMA4_ASSISTED | {"model_type": "gemma4_unified_text"}},
@@ -74,11 +87,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "csm": {"codec_config": {"model_type": "mimi", "upsample_groups": 32}},
     "mimi": {"upsample_groups": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "glm5_next_text": {"num_key_value_heads": 4},
+    "glm5_next_text": {"num_key_value_heads": 4, "index_topk": 16},
+    "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2}},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "nemotron_h_omni": {"video_temporal_patch_size": None},
+    "vibevoice_acoustic_tokenizer_encoder": _VIBEVOICE,
+    "vibevoice_acoustic_tokenizer_decoder": _VIBEVOICE,
+    "vibevoice_acoustic_tokenizer": _VIBEVOICE,
+    "esmfold2": {"head_dim": 48},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]},
     "pix2struct_text_model": {"initializer_range": 0.02},
-    "ernie4_5_vl_moe_text": {"moe_num_experts": 4, "moe_intermediate_size": [24, 24]},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}, "moe_num_experts": 4, "moe_intermediate_size": [24, 24]},
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1, 2, 2]},
     # timm's, small
     "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},

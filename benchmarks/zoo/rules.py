@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY = 32, 64, 2, 4, 160
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, HEAD, VOCABULARY = 32, 64, 2, 4, 8, 160
 
 _HEADS = re.compile(r"heads?$|_heads_|^n_head|head_count")
 _RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
@@ -24,7 +24,7 @@ _RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (
             r"head_dim$|^d_kv$|qk_nope_head|v_head|qk_rope_head|attention_key_size|dim_head|head_size|key_dim"
             r"|value_dim",
-            8,
+            HEAD,
         ),
         (r"q_lora_rank|kv_lora_rank|lora_rank", 16),
         (

@@ -6,12 +6,13 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from benchmarks.zoo.overrides import OVERRIDES
-from benchmarks.zoo.rules import HIDDEN, small_depth, small_size, small_token
+from benchmarks.zoo.rules import HEAD, HEADS, HIDDEN, small_depth, small_size, small_token
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _RECORDS = {"transformers_version", "dtype", "architectures"}
@@ -37,9 +38,12 @@ class Shrinking:
     """Hidden size to aim for; 0 keeps every width and shrinks the depth only."""
     heads: bool = False
     """Whether the numbers of heads shrink."""
+    kinds: bool = False
+    """Whether one layer of every kind is kept (linear and full attention, dense and sparse), not the first two."""
 
 
 SHRINKINGS = (
+    Shrinking("every size, every kind of layer", hidden=HIDDEN, heads=True, kinds=True),
     Shrinking("every size", hidden=HIDDEN, heads=True),
     Shrinking("every size but the heads", hidden=48),
     Shrinking("depth only"),
@@ -90,10 +94,29 @@ def _shrink(
                 small = small_depth(name, value)
             if small is not None:
                 keys[name] = small
+    if how.kinds:
+        keys |= _agreeing(template, keys, told)
     keys |= _undeclared(template, how, told)
-    keys |= _shortened_lists(template, keys, told, defaults)
+    keys |= _shortened_lists(template, keys, told, defaults, how)
     keys |= _own_values(template, keys, told, defaults)
     return config_class(**{**told, **keys})
+
+
+def _agreeing(template: PretrainedConfig, keys: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from other sizes: as many key-value heads as heads where keys are latent (DeepSeek's attention),
+    rotary dimensions within a head, and the sections of a rotary embedding that share one out."""
+    agreeing: dict[str, Any] = {}
+    if _read(template, "kv_lora_rank") and "num_key_value_heads" in keys:
+        agreeing["num_key_value_heads"] = keys.get("num_attention_heads", HEADS)
+    if isinstance(_read(template, "rotary_dim"), int):
+        agreeing["rotary_dim"] = HEAD // 2
+    rope = _read(template, "rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("mrope_section"), list | tuple):
+        half = int(HEAD * (rope.get("partial_rotary_factor") or 1.0)) // 2
+        sections = len(rope["mrope_section"])
+        shares = [half // sections + (index < half % sections) for index in range(sections)]
+        agreeing["rope_parameters"] = {**rope, "mrope_section": shares}
+    return {name: value for name, value in agreeing.items() if name not in told}
 
 
 def _told_inside(config: PretrainedConfig, outer: object) -> dict[str, Any]:
@@ -122,23 +145,45 @@ def _undeclared(template: PretrainedConfig, how: Shrinking, told: Mapping[str, A
 
 
 def _shortened_lists(
-    template: PretrainedConfig, keys: Mapping[str, Any], told: Mapping[str, Any], defaults: Mapping[str, Any]
+    template: PretrainedConfig,
+    keys: Mapping[str, Any],
+    told: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    how: Shrinking,
 ) -> dict[str, Any]:
     """Lists with one entry a layer, as long as there are layers now."""
-    layers = next((keys[name] for name in _DEPTHS if name in keys), None)
+    depth = next((name for name in _DEPTHS if name in keys), None)
     before = next((_read(template, name) for name in _DEPTHS if _read(template, name)), None)
-    if not layers or not before:
+    if not depth or not isinstance(before, int):
         return {}
-    return {
-        name: type(value)(value[:layers])
+    lists = {
+        name: value
         for name in _fields(type(template))
         if isinstance(value := _read(template, name), list | tuple)
         and len(value) == before
         and name not in keys
         and name not in told
-        and name != "layers_block_type"
-        and defaults.get(name) is not None
     }
+    if how.kinds:
+        kept = _one_of_each_kind(lists, keys[depth], before)
+        return {depth: len(kept)} | {name: type(value)(value[index] for index in kept) for name, value in lists.items()}
+    return {
+        name: type(value)(value[: keys[depth]])
+        for name, value in lists.items()
+        if name != "layers_block_type" and defaults.get(name) is not None
+    }
+
+
+def _one_of_each_kind(lists: Mapping[str, Any], least: int, before: int) -> list[int]:
+    """Layers that show every value of every list of names; at least so many."""
+    kept: list[int] = []
+    for value in lists.values():
+        if all(isinstance(entry, str) for entry in value):
+            for kind in dict.fromkeys(value):
+                if not any(value[index] == kind for index in kept):
+                    kept.append(list(value).index(kind))
+    others = (index for index in range(before) if index not in kept)
+    return sorted([*kept, *islice(others, max(least - len(kept), 0))])
 
 
 def _own_values(
