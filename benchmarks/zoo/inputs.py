@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
-from hf_geglu.inputs import synthetic_inputs
+from hf_geglu.inputs import candidate_inputs, synthetic_inputs
 
 
 class NoInputsError(ValueError):
@@ -14,12 +16,18 @@ class NoInputsError(ValueError):
 
 
 def inputs_for(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of one forward.
+    """Keyword arguments of one forward, that the model takes.
 
     Raises:
-        NoInputsError: neither the config nor the signature says enough.
+        NoInputsError: it takes none of what its config and signature suggest; says what it had against the first.
     """
     inputs = synthetic_inputs(model)
-    if inputs is None:
-        raise NoInputsError("neither the config nor the signature says what the inputs look like")
-    return dict(inputs)
+    if inputs is not None:
+        return inputs
+    suggestion = next(candidate_inputs(model), None)
+    if suggestion is None:
+        wanted = ", ".join(inspect.signature(model.forward).parameters)
+        raise NoInputsError(f"nothing says what these arguments look like: {wanted}")
+    with torch.no_grad():
+        model(**suggestion)
+    raise NoInputsError(f"all outputs are NaN, or there are none, on {', '.join(suggestion)}")

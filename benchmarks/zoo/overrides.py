@@ -15,7 +15,7 @@ _RESNET = {
 }
 _DETR = {**_BACKBONE, "backbone_config": _RESNET}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-_TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 32, "patch_size": 8}
+_TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 64, "patch_size": 16}
 _FASTVIT = {
     "model_type": "timm_wrapper",
     "architecture": "fastvit_t8",
@@ -52,7 +52,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
-    "hunyuan_vl_text": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}},
+    "voxtral_realtime_text": {"hidden_size": 64},  # wider than the 32 of its AdaRmsNorm, as real ones are
     "pp_ocrv5_server_det": _INTRACLASS,
     "pp_ocrv6_medium_det": _INTRACLASS,
     "nemotron": {"num_key_value_heads": 2},
@@ -60,7 +61,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] * 12},
-    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "moonshine_streaming": {"num_key_value_heads": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 2, "activation_sparsity_pattern": None},
@@ -78,10 +79,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": _GEMMA4_ASSISTED},
     "gemma4_unified_assistant": {"text_config": _GEMMA4_ASSISTED | {"model_type": "gemma4_unified_text"}},
     # sizes that must agree: Mamba heads, rotary sections, groups of channels
+    **{
+        name: {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
+        for name in ("glm4v_text", "glm_image_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text")
+    },
+    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "glm4v_moe_text": {
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
+    },
+    "swin": {"num_heads": [2, 4, 4, 8]},
+    "nemotron_h": {"n_groups": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
-    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "esmc": {"num_key_value_heads": 4},
     "cosmos3_edge_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "csm": {"codec_config": {"model_type": "mimi", "upsample_groups": 32}},

@@ -121,12 +121,10 @@ def _agreeing(template: PretrainedConfig, keys: Mapping[str, Any], told: Mapping
 
 def _told_inside(config: PretrainedConfig, outer: object) -> dict[str, Any]:
     """What a nested config is told: by the type around it first, by its own type where that left the default."""
-    defaults = _defaults(type(config))
-    own = {
-        name: value
-        for name, value in overrides(type(config)).items()
-        if name not in defaults or _read(config, name) == defaults[name]
-    }
+    own = overrides(type(config))
+    if own:
+        fresh = _template(type(config), {})
+        own = {name: value for name, value in own.items() if _read(config, name) == _read(fresh, name)}
     return own | (outer if isinstance(outer, dict) else {})
 
 

@@ -70,6 +70,8 @@ Maker = Callable[[Source], "torch.Tensor | None"]
 
 def make(name: str, source: Source) -> torch.Tensor | None:
     """The argument of that name; None where nothing tells what it is like."""
+    if name == "hidden_states" and source.pixels == "patches":
+        return pixels(source)  # what the vision towers of Qwen-VL call them
     plain = name.removeprefix("decoder_").removeprefix("qformer_").removeprefix("encoder_")
     for maker_name in (name, plain):
         if maker_name in _MAKERS:
