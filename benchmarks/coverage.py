@@ -24,7 +24,7 @@ from benchmarks.records import RESULTS, write
 from benchmarks.sweep.pool import Limits, sweep
 from benchmarks.sweep.rendering import headline, render
 from benchmarks.sweep.sample import SAMPLE
-from benchmarks.sweep.verdict import problems
+from benchmarks.sweep.verdict import compact, problems
 
 ROWS = Path(__file__).parents[1] / ".cache" / "coverage.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run left")
     parser.add_argument("--render", action="store_true", help="only write docs/coverage.md again")
     parser.add_argument("--processes", type=int, default=2, help="types at a time [default: 2]")
-    parser.add_argument("--seconds", type=float, default=120.0, help="longest time for one type and side [default: 120]")
+    parser.add_argument("--seconds", type=float, default=120.0, help="longest time for one job [default: 120]")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="address space of one type [default: 8]")
     options = parser.parse_args()
     if options.render:
@@ -56,7 +56,7 @@ def main() -> None:
     rows = sorted((row for row in _rows(rows_file) if row["type"] in types), key=lambda row: row["type"])
     seconds = before + time.perf_counter() - start
     rows_file.with_suffix(".seconds").write_text(str(seconds), encoding="utf-8")
-    record = {"seconds": round(seconds), "processes": options.processes, "rows": rows}
+    record = {"seconds": round(seconds), "processes": options.processes, "rows": [compact(row) for row in rows]}
     console = Console()
     for row in rows if some else []:
         console.print(f"{row['type']}: {'; '.join(problems(row)) or 'complete'}", markup=False)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hf_geglu
+from benchmarks.opinions.comparing import Comparison, compare_on
 from benchmarks.sweep.forking import Job, Keep
 from benchmarks.sweep.outputs import Tensors, distance, run, says_something
 from benchmarks.sweep.row import Row
@@ -98,14 +100,20 @@ class _Side:
             return
         with self._stage("find"):
             found = self._find(model)
-        if found is None or not found.sites:
+        if found is None:
+            return
+        with self._stage("inputs"):
+            inputs = None if row.not_built else self._inputs(model)
+        if inputs is not None:
+            with self._stage("second opinion"):
+                self._second_opinion(model, found, inputs)
+        if not found.sites:
             return
         with self._stage("plan"):
             plan = self._plan(model, found)
         if plan is None or row.not_built:
             return
         with self._stage("run"):
-            inputs = self._inputs(model)
             before = None if inputs is None else _wide_run(model, inputs)
             own = None if inputs is None else run(model, inputs)
         original = type(model)
@@ -188,6 +196,12 @@ class _Side:
             return None
         return inputs
 
+    def _second_opinion(self, model: nn.Module, found: FoundSites, inputs: Mapping[str, Any]) -> None:
+        comparison = Comparison(type=self.row.type)
+        compare_on(comparison, model, found, inputs)
+        self.row.second_opinion = not comparison.skipped
+        self.row.disagreements = [asdict(one) for one in comparison.disagreements]
+
     def _convert(self, model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -> bool:
         row = self.row
         try:
@@ -219,9 +233,7 @@ class _Side:
         except Exception as error:
             self.row.step_error = _said(error)
 
-    def _save(
-        self, model: nn.Module, original: type, tier: str, inputs: Mapping[str, Any] | None, what: str
-    ) -> None:
+    def _save(self, model: nn.Module, original: type, tier: str, inputs: Mapping[str, Any] | None, what: str) -> None:
         if tier == "in-memory":
             return
         folder = self._folder / what
@@ -310,5 +322,3 @@ def _expect(model: nn.Module, inputs: Mapping[str, Any] | None, folder: Path) ->
     outputs = {f"out.{name}": tensor.clone().contiguous() for name, tensor in run(model, inputs).items()}
     save_file(tensors | outputs, target / "run.safetensors")
     (target / "flags.json").write_text(json.dumps(flags), encoding="utf-8")
-
-

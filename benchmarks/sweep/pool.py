@@ -10,17 +10,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.sweep.forking import Job
 
-CONVERTING = ("transformers", "transformers.modeling_utils", "hf_geglu", "hf_geglu.converting", "benchmarks.zoo.building")
+CONVERTING = (
+    "transformers",
+    "transformers.modeling_utils",
+    "hf_geglu",
+    "hf_geglu.converting",
+    "benchmarks.zoo.building",
+    "benchmarks.opinions.comparing",
+)
 READING = ("transformers", "transformers.modeling_utils", "safetensors.torch")
 EXTRAS = "benchmarks.zoo.with_extras"
 """Imported first by both sides."""
+
+ROOT = Path(__file__).parents[2]
 
 ENVIRONMENT = {
     # MKL picks its kernels by the shape of a product; this makes an output's arithmetic independent of the width
@@ -54,11 +63,12 @@ class Server:
             stderr=subprocess.DEVNULL,
             text=True,
             env=os.environ | ENVIRONMENT,
+            cwd=ROOT,
         )
 
     def ask(self, job: Job) -> Job:
         """The answer to one job. Raises RuntimeError where the server itself is gone."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return self._answer()
@@ -78,8 +88,10 @@ class Server:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def sweep(
@@ -101,33 +113,59 @@ def sweep(
         limits: for each job.
         done: called with every row.
     """
+    lock = threading.Lock()
+
+    def work(name: str, servers: tuple[Server, ...]) -> None:
+        row = one(name, *servers, partial=partial(name))
+        with lock, rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            done(row)
+
+    sides = [
+        ("benchmarks.sweep.converting:convert", CONVERTING),
+        ("benchmarks.sweep.reading:read", READING),
+    ]
+    deal(types, sides, work, processes=processes, limits=limits)
+
+
+def deal(
+    types: list[str],
+    sides: Sequence[tuple[str, Iterable[str]]],
+    work: Callable[[str, tuple[Server, ...]], None],
+    *,
+    processes: int,
+    limits: Limits,
+) -> None:
+    """Call `work` on every type, `processes` at a time, each time with servers of its own.
+
+    Args:
+        types: the model types.
+        sides: (handler, modules to import first) of each server that `work` needs.
+        work: takes a type and the servers; called from several threads. What it raises ends everything.
+        processes: how many at a time.
+        limits: for each job.
+    """
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in types:
         waiting.put(name)
-    lock = threading.Lock()
     failures: list[BaseException] = []
 
-    def work() -> None:
-        converting = Server("benchmarks.sweep.converting:convert", CONVERTING, limits)
-        reading = Server("benchmarks.sweep.reading:read", READING, limits)
+    def loop() -> None:
+        servers = tuple(Server(handler, modules, limits) for handler, modules in sides)
         try:
-            converting.wait_until_ready()
-            reading.wait_until_ready()
+            for server in servers:
+                server.wait_until_ready()
             while not failures:
-                name = waiting.get_nowait()
-                row = one(name, converting, reading, partial=partial(name))
-                with lock, rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                    done(row)
+                work(waiting.get_nowait(), servers)
         except queue.Empty:
             pass
         except BaseException as error:
             failures.append(error)
         finally:
-            converting.close()
-            reading.close()
+            for server in servers:
+                server.close()
 
-    threads = [threading.Thread(target=work) for _ in range(min(processes, len(types)))]
+    threads = [threading.Thread(target=loop) for _ in range(min(processes, len(types)))]
     for thread in threads:
         thread.start()
     for thread in threads:

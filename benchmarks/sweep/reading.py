@@ -1,7 +1,7 @@
 """The reading side: loads a saved variant in a process that never built it, and compares outputs.
 
-Knows torch, transformers and safetensors. A "plugin" job imports hf_geglu; a "remote" or "plain" job asserts that nobody
-did.
+Knows torch, transformers and safetensors. A "plugin" job imports hf_geglu; a "remote" or "plain" job asserts that
+nobody did.
 """
 
 from __future__ import annotations

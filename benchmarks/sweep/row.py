@@ -23,6 +23,10 @@ class Row:
     rejected: list[list[str]] = field(default_factory=list)
     """[path, class, reason]"""
     find_error: str = ""
+    second_opinion: bool = False
+    """Whether the whole model ran, so that its autograd graph says where the blocks are (see `benchmarks.opinions`)."""
+    disagreements: list[dict[str, str]] = field(default_factory=list)
+    """Where it says otherwise: block_class, opinion, down, finder, graph."""
 
     tier: str = ""
     tier_reason: str = ""

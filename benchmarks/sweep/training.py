@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.sweep.outputs import run
 
 STEPS = (1e-2, 1e-3, 1e-4, 1e-5)
-"""Lengths of the step relative to the parameters' norm, tried in this order: routers and quantisers jump on long ones."""
+"""Lengths of the step relative to the parameters' norm, in this order: routers and quantisers jump on long ones."""
 
 
 def train_one_step(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, float]:

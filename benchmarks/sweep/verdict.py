@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.opinions.resolutions import read_resolutions
 from benchmarks.sweep.pool import is_identical
 
 Row = Mapping[str, Any]
 
-UNDECIDED = ("could not be run alone", "fused 3-D experts", "ran, but nothing that one of its projections")
+UNDECIDED = ("could not be run alone", "ran, but nothing that one of its projections")
 """How the finder's rejections begin where it says that it does not know. All others say why a place is no FFN block."""
 
 
@@ -19,7 +21,9 @@ def is_built(row: Row) -> bool:
 
 
 def undecided(row: Row) -> list[str]:
-    """Places that may be FFN blocks and are not decided."""
+    """Places of which the finder says that it does not know, where nobody else does either."""
+    if row.get("second_opinion"):
+        return []
     return [
         f"{path or 'the model'} ({name}): {reason}"
         for path, name, reason in row.get("rejected", [])
@@ -27,9 +31,29 @@ def undecided(row: Row) -> list[str]:
     ]
 
 
+def missed(row: Row) -> list[str]:
+    """Blocks that the second opinion sees and the finder does not, but for those where the finder was found right."""
+    return _disagreements(row, "graph only", "other weights")
+
+
+def invented(row: Row) -> list[str]:
+    """Blocks that only the finder sees, but for those where it was found right."""
+    return _disagreements(row, "finder only")
+
+
+def _disagreements(row: Row, *opinions: str) -> list[str]:
+    decided = read_resolutions()
+    return [
+        f"{one['down']} ({one['block_class']}): {one['finder']}"
+        for one in row.get("disagreements", [])
+        if one["opinion"] in opinions
+        and ((key := (one["block_class"], one["opinion"])) not in decided or decided[key].right != "finder")
+    ]
+
+
 def has_blocks(row: Row) -> bool:
-    """Whether it has FFN blocks, found or suspected."""
-    return bool(row.get("sites")) or bool(undecided(row))
+    """Whether it has FFN blocks, found or missed."""
+    return bool(row.get("sites")) or bool(missed(row))
 
 
 def is_converted(row: Row) -> bool:
@@ -61,6 +85,8 @@ def problems(row: Row) -> list[str]:
         return [f"not built: {row['not_built']}"]
     found = [f"crashed in {_last_stage(row)}: {row['crash']}"] if row.get("crash") else []
     found += [f"finding: {row['find_error']}"] if row.get("find_error") else []
+    found += [f"missed: {reason}" for reason in missed(row)]
+    found += [f"no block for the second opinion: {reason}" for reason in invented(row)]
     found += [f"undecided: {reason}" for reason in undecided(row)]
     found += [f"refused: {path}: {reason}" for path, reason in row.get("refused", [])]
     for stage in ("plan", "convert", "step", "save"):
@@ -90,3 +116,19 @@ def _read_problem(read: Mapping[str, Any], row: Row) -> str:
     )
     blame = " (the original does not survive it either)" if original_fails(row) else ""
     return f"reload ({read['what']}, {read['way']}): {said}{blame}"
+
+
+def compact(row: Row) -> dict[str, Any]:
+    """The row for the record: equal sites counted instead of listed, and of the rejections those without a decision."""
+    sites: Counter[tuple[tuple[str, Any], ...]] = Counter()
+    for site in row.get("sites", []):
+        sites[tuple(sorted((key, value) for key, value in site.items() if key not in ("up", "count")))] += site.get(
+            "count", 1
+        )
+    kept = [entry for entry in row.get("rejected", []) if entry[2].startswith(UNDECIDED)]
+    return {
+        **row,
+        "sites": [{**dict(site), "count": count} for site, count in sites.items()],
+        "rejected": kept[:4],
+        "rejections": row.get("rejections", len(row.get("rejected", []))),
+    }

@@ -88,6 +88,8 @@ def _built_from(cls: type[nn.Module], config_class: type) -> bool:
         parameters = list(inspect.signature(cls).parameters.values())
     except ValueError:
         return False
-    if not parameters or any(one.default is one.empty and one.kind <= one.POSITIONAL_OR_KEYWORD for one in parameters[1:]):
+    if not parameters or any(
+        one.default is one.empty and one.kind <= one.POSITIONAL_OR_KEYWORD for one in parameters[1:]
+    ):
         return False
     return parameters[0].annotation in (config_class, config_class.__name__)

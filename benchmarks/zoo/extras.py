@@ -2,9 +2,9 @@
 
 They lie in a folder beside the environment (`make coverage` fills it from constraints-zoo.txt), not in it: with
 torchvision in sight, transformers imports it everywhere, and here only half of it works. PyPI has no torchvision that
-matches a CPU build of torch: its compiled operators (nms and the like) cannot be loaded, and importing it stops where it
-describes them. So their signatures are declared, without any implementation: torchvision can then be imported, its
-layers and transforms work, and calling one of those operators raises NotImplementedError. No model of the zoo calls one.
+matches a CPU build of torch: its compiled operators (nms and the like) cannot be loaded, and importing it stops where
+it describes them. So their signatures are declared, without any implementation: torchvision can then be imported, its
+layers and transforms work, and calling one of those operators raises NotImplementedError. No model of the zoo does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def use_extras() -> bool:
     if importlib.util.find_spec("torchvision") is None:
         return False
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for signature in _SIGNATURES:

@@ -1,4 +1,4 @@
-"""What single model types must be told, because their default config cannot be built or is not consistent when small."""
+"""What single model types must be told: their default config cannot be built, or is not consistent when small."""
 
 from __future__ import annotations
 
@@ -74,7 +74,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # mappings that come with a tokenizer
     "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGA": 20, "IMGIMGB": 21}},
     "emu3": {"vocabulary_map": {"<image>": 8, "<|extra_200|>": 9, "<|visual token 000000|>": 20}},
-    "granite4_vision": {"vision_config": {"hidden_size": 64}, "deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1]},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 64},
+        "deepstack_layer_map": [[-1, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [1],
+    },
     "vitmatte": {"fusion_hidden_sizes": [32, 16, 8, 4]},
     "gemma4_assistant": {"text_config": _GEMMA4_ASSISTED},
     "gemma4_unified_assistant": {"text_config": _GEMMA4_ASSISTED | {"model_type": "gemma4_unified_text"}},
@@ -110,13 +115,31 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]},
     "pix2struct_text_model": {"initializer_range": 0.02},
-    "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}, "moe_num_experts": 4, "moe_intermediate_size": [24, 24]},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+        "moe_num_experts": 4,
+        "moe_intermediate_size": [24, 24],
+    },
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1, 2, 2]},
     # timm's, small
     "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},
     "timm_wrapper": {"architecture": "vit_tiny_patch16_224", "model_args": _TIMM_VIT},
     "gemma3n_vision": {"model_args": {"channel_multiplier": 0.125}},
     "fast_vlm": {"vision_config": _FASTVIT},
+    # pictures that need not be large
+    **{
+        name: {"image_size": 64}
+        for name in (
+            "align_vision_model",
+            "efficientnet",
+            "bridgetower_vision_model",
+            "convnext",
+            "convnextv2",
+            "dinov3_convnext",
+            "eomt",
+            "eomt_dinov3",
+        )
+    },
     # a backbone without timm
     "detr": _DETR,
     "conditional_detr": _DETR,
@@ -146,7 +169,7 @@ CLASSES: dict[str, str] = {
 """Model type -> its class below `transformers`, where no rule of `classes` tells."""
 
 NOT_BUILT: dict[str, str] = {
-    "idefics_perciever": "its module takes sizes of the model around it; it is built, and its sites found, as part of idefics",
+    "idefics_perciever": "its module takes sizes of the model around it; it is built as part of idefics",
     "sapiens2_head": "no model of its own; it is built as part of sapiens2",
     "gemma4_unified_audio": "no model of its own; it is built as part of gemma4_unified",
     "gemma4_unified_vision": "its module takes the config of the text model too; it is built as part of gemma4_unified",

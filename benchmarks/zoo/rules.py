@@ -16,6 +16,7 @@ _RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     for pattern, target in (
         (r"vocab_size|^n_words$|vocab_sizes", VOCABULARY),
         (r"^(num|n)_(local_|routed_)?experts$|^moe_num_experts$|num_local_experts|n_routed_experts|^num_experts\b", 4),
+        (r"^first_k_dense_replace$|^moe_layer_start_index$|^num_dense_layers$|^n_dense_layers$", 1),
         (r"experts_per_tok|top_?k$|moe_k$|num_selected_experts", 2),
         (r"n_shared_experts|num_shared_experts", 1),
         (r"^n_group$|topk_group|num_expert_group", 1),
@@ -43,7 +44,7 @@ _RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     )
 )
 _KEPT = re.compile(
-    r"(_id|_ids|eps|dropout|prob|range|factor|ratio|theta|version|std|num_labels|patch|stride|kernel|dilation|first_k"
+    r"(_id|_ids|eps|dropout|prob|range|factor|ratio|theta|version|std|num_labels|patch|stride|kernel|dilation"
     r"|stages|num_stages|block_size|window|num_channels|out_features|out_indices)$"
 )
 """Fields that say something else than a size, or whose value others must agree with."""
@@ -89,7 +90,7 @@ def small_token(name: str, value: object) -> object | None:
         return None
     if isinstance(value, int) and value >= VOCABULARY:
         return 3 + (sum(map(ord, name)) + value) % 150
-    if isinstance(value, list | tuple) and value and all(isinstance(token, int) for token in value):
-        if max(value) >= VOCABULARY:
-            return type(value)(3 + token % 150 for token in value)
+    tokens = isinstance(value, list | tuple) and all(isinstance(token, int) for token in value)
+    if isinstance(value, list | tuple) and tokens and max(value, default=0) >= VOCABULARY:
+        return type(value)(3 + token % 150 for token in value)
     return None

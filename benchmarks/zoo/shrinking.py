@@ -72,9 +72,7 @@ def overrides(config_class: type) -> dict[str, Any]:
     return dict(OVERRIDES.get(getattr(config_class, "model_type", ""), {}))
 
 
-def _shrink(
-    template: PretrainedConfig, how: Shrinking, told: Mapping[str, Any], *, level: int = 0
-) -> PretrainedConfig:
+def _shrink(template: PretrainedConfig, how: Shrinking, told: Mapping[str, Any], *, level: int = 0) -> PretrainedConfig:
     config_class = type(template)
     nested = dict(getattr(config_class, "sub_configs", None) or {})
     defaults = _defaults(config_class)

@@ -1,8 +1,8 @@
 """Random weights under which every part of a small model matters.
 
-Initialisers are made for training: layer scales of 1e-6, output projections of zero, a standard deviation of 0.02 at any
-width, parameters that a checkpoint would fill and that are uninitialised memory until then. In such a model an FFN block
-hardly moves the output, and a wrong one goes unnoticed.
+Initialisers are made for training: layer scales of 1e-6, output projections of zero, a standard deviation of 0.02 at
+any width, parameters that a checkpoint would fill and that are uninitialised memory until then. In such a model an FFN
+block hardly moves the output, and a wrong one goes unnoticed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def randomise(model: nn.Module, *, seed: int = 0) -> None:
 
 def _fill(module: nn.Module, name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
     noise = torch.randn(parameter.shape, generator=generator)
-    matrix = name == "weight" and parameter.dim() > 1 or parameter.dim() == 3 and min(parameter.shape) > 1
+    matrix = (name == "weight" and parameter.dim() > 1) or (parameter.dim() == 3 and min(parameter.shape) > 1)
     if isinstance(module, nn.Embedding):
         parameter.copy_(noise)
     elif matrix:

@@ -136,4 +136,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _says_something(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.numel()) and not bool(tensor.isnan().all())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    return tensor.is_meta or not bool(tensor.isnan().all())

@@ -57,7 +57,7 @@ class Source:
     def number(self, *names: str, default: int) -> int:
         """A whole number of the config."""
         value = self.look_up(*names)
-        return value if isinstance(value, int) and not isinstance(value, bool) else default
+        return int(value) if isinstance(value, int) and not isinstance(value, bool) else default
 
     @property
     def hidden(self) -> int:
@@ -173,7 +173,7 @@ def _flattened_patches(source: Source) -> torch.Tensor:
 def _history(source: Source) -> int:
     """Time steps: the context, and before it what the longest lag looks back to."""
     lags = source.look_up("lags_sequence") or [0]
-    return source.number("context_length", "prediction_length", default=TOKENS) + max(lags)
+    return source.number("context_length", "prediction_length", default=TOKENS) + int(max(lags))
 
 
 def _past_values(source: Source) -> torch.Tensor:
