@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FLOOR := .venv-floor
 EXTRAS := test,lint
 
-.PHONY: demo test test-all test-floor lint format bench clean
+.PHONY: demo test test-all test-floor lint format bench clean coverage crosscheck
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,8 +43,18 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed  ## measure what the README claims; results go to benchmarks/results
-	$(BIN)/python benchmarks/find_sites.py
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.find_sites
+	$(BIN)/python -m benchmarks.quality
+
+.zoo-extras/.installed: constraints-zoo.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .zoo-extras --requirement constraints-zoo.txt
+	touch $@
+
+coverage: .zoo-extras/.installed  ## every model type, from its config to a reloaded variant; docs/coverage.md
+	$(BIN)/python -m benchmarks.coverage
+
+crosscheck: .zoo-extras/.installed  ## a second opinion on the finder over every model type; docs/crosscheck.md
+	$(BIN)/python -m benchmarks.crosscheck
 
 clean:
-	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) .zoo-extras build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

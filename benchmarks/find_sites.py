@@ -1,6 +1,6 @@
 """How long does finding sites take? Tiny models and GPT-2 small at full size, warm, median of several runs.
 
-python benchmarks/find_sites.py            # writes benchmarks/results/find_sites.json
+python -m benchmarks.find_sites            # writes benchmarks/results/find_sites.json
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import statistics
 import time
 
 import torch
-from records import write
+from benchmarks.records import write
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 
 from hf_geglu import find_sites

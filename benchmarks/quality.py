@@ -2,7 +2,7 @@
 
 SmolLM2-135M (SwiGLU): naive swap and ours. MiniLM (dense GELU): ours. Text: documentation of Python's standard library.
 
-    python benchmarks/quality.py               # writes benchmarks/results/quality.json
+    python -m benchmarks.quality               # writes benchmarks/results/quality.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 import torch
-from records import write
+from benchmarks.records import write
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_geglu

@@ -75,7 +75,7 @@ def _configured_by(cls: type[nn.Module], config_class: type) -> bool:
 
 def _completeness(cls: type[nn.Module]) -> tuple[bool, bool, int]:
     name = cls.__name__
-    return name.endswith("Model"), "For" not in name, -len(name)
+    return name.endswith("Model"), "For" in name, -len(name)
 
 
 def _is_whole(cls: type[nn.Module]) -> bool:
