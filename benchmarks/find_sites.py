@@ -9,9 +9,9 @@ import statistics
 import time
 
 import torch
-from benchmarks.records import write
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 
+from benchmarks.records import write
 from hf_geglu import find_sites
 
 TARGETS = {"2 layers": 0.050, "GPT-2 small": 3.0}

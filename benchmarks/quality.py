@@ -11,10 +11,10 @@ import argparse
 from typing import Any
 
 import torch
-from benchmarks.records import write
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_geglu
+from benchmarks.records import write
 from hf_geglu.demo.naive import naive_swap
 from hf_geglu.demo.text import stdlib_corpus
 from hf_geglu.demo.weights import minilm_folder, smollm2_folder

@@ -52,8 +52,8 @@ def _disagreements(row: Row, *opinions: str) -> list[str]:
 
 
 def has_blocks(row: Row) -> bool:
-    """Whether it has FFN blocks, found or missed."""
-    return bool(row.get("sites")) or bool(missed(row))
+    """Whether it has FFN blocks: found, missed, or possible in a place that is not decided."""
+    return bool(row.get("sites") or missed(row) or undecided(row))
 
 
 def is_converted(row: Row) -> bool:
