@@ -172,9 +172,10 @@ def _block(down: _Product, products: Mapping[int, _Product]) -> Block | None:
     if down.data is None:
         return None
     sources = _sources(down.data, products)
-    if sources.others or not 1 <= len(sources.products) <= 2 or not _bends(sources):
+    # the experts of a list, or of a loop over a stack, are many products with one weight
+    ups = list({products[key].weight: products[key] for key in sources.products}.values())
+    if sources.others or not 1 <= len(ups) <= 2 or not _bends(sources):
         return None
-    ups = [products[key] for key in sources.products]
     if len(ups) == 2 and not (sources.multiplied and _same_input(ups[0].data, ups[1].data)):
         return None
     if len({up.weight for up in ups} | {down.weight}) != len(ups) + 1:

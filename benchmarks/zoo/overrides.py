@@ -63,7 +63,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] * 12},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
-    "moonshine_streaming": {"num_key_value_heads": 2},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 2, "activation_sparsity_pattern": None},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     # read by the model, not declared by the config
@@ -95,6 +96,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swin": {"num_heads": [2, 4, 4, 8]},
     "nemotron_h": {"n_groups": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lilt": {"hidden_size": 48},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},

@@ -9,10 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.inputs.values import Pixels, Sound, Source, make
+from hf_geglu.inputs.values import Pixels, Sound, Source, Text, make
 from hf_geglu.modes import evaluating
 
-_MODALITIES = ("input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values", "bbox")
+_MODALITIES = (
+    "input_ids",
+    "pixel_values",
+    "pixel_values_videos",
+    "input_features",
+    "input_values",
+    "bbox",
+    "flattened_patches",
+    "states",
+    "actions",
+    "rewards",
+    "returns_to_go",
+    "timesteps",
+)
 _DESCRIPTIONS = (
     "image_grid_thw",
     "grid_thw",
@@ -23,6 +36,11 @@ _DESCRIPTIONS = (
     "future_values",
     "future_time_features",
     "token_type_ids",
+    "encoder_hidden_states",
+    "spatial_shapes",
+    "target_sizes",
+    "pixel_attention_mask",
+    "lang_ids",
 )
 """What goes with a modality in some models and is refused by none that names it."""
 
@@ -54,11 +72,12 @@ def candidate_inputs(model: nn.Module, *, seed: int = 0) -> Iterator[dict[str, A
         return
     seen: list[set[tuple[str, tuple[int, ...]]]] = []
     for names, flags in _sets(model, config):
-        for form in _forms(names):
+        for form in _forms(names, streams=Source(config=config, generator=torch.Generator()).look_up("num_codebooks")):
             generator = torch.Generator().manual_seed(seed)
             inputs: dict[str, Any] = {}
             for name in names:
-                value = make(name, Source(config=config, generator=generator, **form))
+                own = form if name == _last_tokens(names) else {**form, "text": "tokens"}
+                value = make(name, Source(config=config, generator=generator, **own))
                 if value is None:
                     break
                 dtype = parameter.dtype if value.is_floating_point() else None
@@ -110,18 +129,29 @@ def _is_two_tower(model: nn.Module) -> bool:
     return hasattr(model, "text_model") and hasattr(model, "vision_model")
 
 
-def _forms(names: list[str]) -> Iterator[dict[str, Any]]:
-    """The forms that pictures and sounds among these arguments may take."""
+def _last_tokens(names: list[str]) -> str | None:
+    """The tokens that may come in several streams: the decoder's, where there are two."""
+    return next((name for name in ("decoder_input_ids", "input_ids") if name in names), None)
+
+
+def _forms(names: list[str], *, streams: object) -> Iterator[dict[str, Any]]:
+    """The forms that pictures, sounds and tokens among these arguments may take."""
     pictures = any(name in ("pixel_values", "hidden_states") for name in names)
     gridded = any(name.endswith("grid_thw") for name in names)
     pixel_forms: list[Pixels] = ["pictures"]
     if pictures:
         pixel_forms = ["patches", "pictures"] if gridded else ["pictures", "lists", "video"]
+        if any(name in ("spatial_shapes", "pixel_attention_mask", "target_sizes") for name in names):
+            pixel_forms = ["patch lists", *pixel_forms]
     sounding = any(name in ("input_values", "input_features", "spectrogram", "audio_mel") for name in names)
     sound_forms: list[Sound] = ["frames first", "bands first", "mono", "waveform"] if sounding else ["frames first"]
+    text_forms: list[Text] = ["tokens"]
+    if streams is not None and _last_tokens(names) is not None:
+        text_forms = ["tokens", "flat codebooks", "codebooks first", "codebooks last"]
     for sound in sound_forms:
         for pixels in pixel_forms:
-            yield {"pixels": pixels, "sound": sound}
+            for text in text_forms:
+                yield {"pixels": pixels, "sound": sound, "text": text}
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

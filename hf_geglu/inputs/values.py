@@ -15,11 +15,15 @@ Inputs = Mapping[str, Any]
 
 BATCH, TOKENS = 2, 16
 
-Pixels = Literal["pictures", "lists", "video", "patches"]
-"""(B, C, H, W), (B, 1, C, H, W), (B, frames, C, H, W), or flattened patches (N, values) beside their grid."""
+Pixels = Literal["pictures", "lists", "video", "patches", "patch lists"]
+"""(B, C, H, W), (B, 1, C, H, W), (B, frames, C, H, W), flattened patches (N, values) beside their grid, or
+(B, N, values) beside a mask."""
 
 Sound = Literal["frames first", "bands first", "mono", "waveform"]
 """(B, frames, bands), (B, bands, frames), (B, 1, samples), (B, samples)."""
+
+Text = Literal["tokens", "flat codebooks", "codebooks first", "codebooks last"]
+"""(B, T); for models that read several streams of tokens (B K, T), (B, K, T) or (B, T, K)."""
 
 _NESTED = ("text_config", "vision_config", "audio_config", "encoder_config", "decoder", "encoder", "backbone_config")
 FRAMES = 64
@@ -37,6 +41,7 @@ class Source:
     generator: torch.Generator
     pixels: Pixels = "pictures"
     sound: Sound = "frames first"
+    text: Text = "tokens"
 
     def randn(self, *shape: int) -> torch.Tensor:
         """N(0, 1)."""
@@ -86,7 +91,19 @@ def make(name: str, source: Source) -> torch.Tensor | None:
 
 
 def tokens(source: Source) -> torch.Tensor | None:
-    """(B, T) uniform over the vocabulary."""
+    """Uniform over the vocabulary, in the form that `source` is about."""
+    ids = _plain_tokens(source)
+    streams = source.number("num_codebooks", "num_channels", default=1)
+    if source.text == "flat codebooks":
+        return ids.repeat_interleave(streams, dim=0)
+    if source.text == "codebooks first":
+        return ids[:, None].repeat(1, streams, 1)
+    if source.text == "codebooks last":
+        return ids[:, :, None].repeat(1, 1, streams)
+    return ids
+
+
+def _plain_tokens(source: Source) -> torch.Tensor:
     vocabulary = source.look_up("vocab_size")
     if not isinstance(vocabulary, int):
         vocabulary = 256  # characters (CANINE), or a vocabulary that goes by another name
@@ -112,6 +129,8 @@ def pixels(source: Source) -> torch.Tensor:
         patch = source.number("patch_size", default=14)
         time = source.number("temporal_patch_size", default=1)
         return source.randn(GRID * GRID, channels * time * patch * patch)
+    if source.pixels == "patch lists":
+        return source.randn(BATCH, GRID * GRID, channels * source.number("patch_size", default=14) ** 2)
     if source.pixels == "lists":
         return source.randn(BATCH, 1, channels, height, width)
     if source.pixels == "video":
@@ -166,8 +185,9 @@ def _grid(_: Source) -> torch.Tensor:
 def _flattened_patches(source: Source) -> torch.Tensor:
     """(B, T, 2 + values of a patch): row, column, values."""
     patch, channels = source.number("patch_size", default=16), source.number("num_channels", default=3)
+    values = source.number("patch_embed_hidden_size", default=channels * patch * patch)
     places = torch.stack([torch.arange(TOKENS) // GRID + 1, torch.arange(TOKENS) % GRID + 1], dim=-1).float()
-    return torch.cat([places.expand(BATCH, -1, -1), source.randn(BATCH, TOKENS, channels * patch * patch)], dim=-1)
+    return torch.cat([places.expand(BATCH, -1, -1), source.randn(BATCH, TOKENS, values)], dim=-1)
 
 
 def _history(source: Source) -> int:
@@ -177,7 +197,10 @@ def _history(source: Source) -> int:
 
 
 def _past_values(source: Source) -> torch.Tensor:
-    size = source.number("input_size", "num_input_channels", default=1)
+    channels = source.look_up("num_input_channels")
+    if isinstance(channels, int):  # patched forecasters: (B, steps, channels)
+        return source.randn(BATCH, _history(source), channels)
+    size = source.number("input_size", default=1)
     return source.randn(BATCH, _history(source), *([] if size == 1 else [size]))
 
 
@@ -218,6 +241,10 @@ _MAKERS: dict[str, Maker] = {
     "image_grid_thw": _grid,
     "token_type_ids": lambda _: torch.zeros(BATCH, TOKENS, dtype=torch.long),
     "flattened_patches": _flattened_patches,
+    "spatial_shapes": lambda _: torch.full((BATCH, 2), GRID),
+    "target_sizes": lambda _: torch.full((BATCH, 2), GRID),
+    "pixel_attention_mask": lambda _: torch.ones(BATCH, GRID * GRID, dtype=torch.long),
+    "lang_ids": lambda _: torch.zeros(BATCH, dtype=torch.long),
     "pixel_mask": lambda source: torch.ones(BATCH, *_picture_size(source), dtype=torch.long),
     "visual_feats": lambda source: source.randn(BATCH, TOKENS, source.number("visual_feat_dim", default=32)),
     "visual_pos": lambda source: source.randn(BATCH, TOKENS, source.number("visual_pos_dim", default=4)),
