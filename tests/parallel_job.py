@@ -33,7 +33,7 @@ def tensor_parallel(folder: str, saved: str, plan: dict[str, str] | None = None)
     first = model.get_submodule("model.embed_tokens" if hasattr(model, "model") else "gpt_neox.embed_in")
     gradient = first.weight.grad
     gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    local = {name: list(p.to_local().shape) for name, p in model.named_parameters() if hasattr(p, "to_local")}
+    local = {name: list(getattr(p, "to_local", lambda p=p: p)().shape) for name, p in model.named_parameters()}
     model.save_pretrained(saved)
     return {"logits": logits.tolist(), "loss": loss.item(), "gradient": gradient.tolist(), "local": local}
 

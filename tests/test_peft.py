@@ -11,6 +11,7 @@ from tiny_models import TINY, tiny
 
 import hf_geglu
 from hf_geglu.errors import AdapterError
+from hf_geglu.hub import save_folder
 from hf_geglu.neighbours.peft import FILE
 
 peft = pytest.importorskip("peft")
@@ -159,12 +160,28 @@ def test_an_adapter_is_refused_on_another_base(adapter, other, how):
     assert list(dict(model.named_modules())) == names  # nothing was put in
 
 
-def test_a_native_variant_is_told_from_its_base(tmp_path):
-    wrapped = peft.get_peft_model(_variant("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_native_variant_is_told_from_its_base(tmp_path, loaded):
+    model = _variant("llama")
+    if loaded:  # with its papers: nothing else tells a native variant from a model of its class
+        save_folder(model, tmp_path / "v")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "v")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     wrapped.save_pretrained(tmp_path / "adapter")
     peft.PeftModel.from_pretrained(_variant("llama"), tmp_path / "adapter")
     with pytest.raises(AdapterError, match="FFN blocks"):
         peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "adapter")
+
+
+def test_an_adapter_folder_opens_as_a_model(tmp_path):
+    """transformers loads the base that the adapter names, then the adapter."""
+    _variant().save_pretrained(tmp_path / "v")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "v")
+    wrapped = _move(peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_fc"]))).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert type(opened).__name__ == "GegluGPT2LMHeadModel"
+    assert torch.equal(opened(IDS).logits, wrapped(IDS).logits)
 
 
 def test_adapters_of_transformers_own_integration(tmp_path):

@@ -57,10 +57,20 @@ def watch_integration(integration: ModuleType) -> None:
 
 
 def is_variant(model: nn.Module) -> bool:
-    """Does this model say that it is one: a portable variant, or any that was converted in this process?"""
-    from hf_geglu.surgery import applied  # late: this module is imported while transformers.modeling_utils is
+    """Is this a portable variant, one that was converted in this process, or one from a folder with our manifest?
 
-    return hasattr(getattr(model, "config", None), "geglu") or applied(model) is not None
+    Native variants look like any other model of their class; one that was saved without a manifest and loaded again is
+    not recognised.
+    """
+    from hf_geglu.hub.manifest import MANIFEST  # late: this module is imported while transformers.modeling_utils is
+    from hf_geglu.surgery import applied
+
+    origin = getattr(model, "name_or_path", "")
+    return (
+        hasattr(getattr(model, "config", None), "geglu")
+        or applied(model) is not None
+        or (bool(origin) and Path(origin, MANIFEST).is_file())
+    )
 
 
 def record_base(model: nn.Module, folder: str | os.PathLike[str]) -> None:
