@@ -82,7 +82,7 @@ def test_tensor_parallelism_computes_the_same(tmp_path, model_type, options):
     if not BEFORE_5:  # transformers 4 leaves parameters outside its plan to the user
         gradient = torch.tensor(found["gradient"])
         torch.testing.assert_close(gradient, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-6)
-    if model_type in DENSE_WITH_A_PLAN:
+    if model_type in DENSE_WITH_A_PLAN and not BEFORE_5:  # 4.57 takes the digit of "fc1" for a layer's number: no split
         assert found["local"][DENSE_WITH_A_PLAN[model_type].format(0) + ".weight"] == [40, 16]
     again = TINY[model_type][0].from_pretrained(found["saved"])
     for name, tensor in model.state_dict().items():
