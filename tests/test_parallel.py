@@ -84,6 +84,8 @@ def test_tensor_parallelism_computes_the_same(tmp_path, model_type, options):
         torch.testing.assert_close(gradient, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-6)
     if model_type in DENSE_WITH_A_PLAN and not BEFORE_5:  # 4.57 takes the digit of "fc1" for a layer's number: no split
         assert found["local"][DENSE_WITH_A_PLAN[model_type].format(0) + ".weight"] == [40, 16]
+    if BEFORE_5:  # it hides the biases of row-wise projections, of any model, and then saves without them
+        return
     again = TINY[model_type][0].from_pretrained(found["saved"])
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
