@@ -1,7 +1,8 @@
 """What was decided, in writing, where the two opinions differ: benchmarks/crosscheck_resolutions.yaml.
 
 Each entry is a block class, an opinion (finder only, graph only, other weights), who is right (finder, graph) and why.
-Where the graph is right, the block counts as missed (or invented) until the finder agrees. A disagreement without an entry fails the check; so does an entry that no disagreement needs any more.
+Where the graph is right, the block counts as missed (or invented) until the finder agrees. A disagreement without an
+entry fails the check; so does an entry that no disagreement needs any more.
 """
 
 from __future__ import annotations

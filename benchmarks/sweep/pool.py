@@ -24,8 +24,9 @@ CONVERTING = (
     "hf_geglu.converting",
     "benchmarks.zoo.building",
     "benchmarks.opinions.comparing",
+    "benchmarks.sweep.converting",
 )
-READING = ("transformers", "transformers.modeling_utils", "safetensors.torch")
+READING = ("transformers", "transformers.modeling_utils", "safetensors.torch", "benchmarks.sweep.reading")
 EXTRAS = "benchmarks.zoo.with_extras"
 """Imported first by both sides."""
 
