@@ -14,6 +14,7 @@ from hf_geglu.errors import HfGegluError
 from hf_geglu.variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
+    from hf_geglu.checkpoint import convert_checkpoint
     from hf_geglu.config import geglu_config
     from hf_geglu.converting import convert
     from hf_geglu.distance import Comparison, compare
@@ -38,6 +39,7 @@ __all__ = [
     "Variant",
     "compare",
     "convert",
+    "convert_checkpoint",
     "find_sites",
     "forget_original",
     "from_pretrained",
@@ -56,6 +58,7 @@ _HOMES = {
     "Site": "sites",
     "compare": "distance",
     "convert": "converting",
+    "convert_checkpoint": "checkpoint",
     "find_sites": "sites",
     "forget_original": "surgery",
     "from_pretrained": "hub.loading",

@@ -67,15 +67,15 @@ def convert(
     note = ""
     before: dict[torch.dtype, Outputs] = {}
     if verify == "model" and plan.converted:
-        before, inputs, note = _first_run(model, inputs)
+        before, inputs, note = first_run(model, inputs)
     base = base_of(getattr(model, "config", None), fingerprint(model)) if plan.converted else None
     undo = apply(model, plan)
     try:
         checks = check_sites(model, undo)
         comparisons = tuple(
-            _compare_run(model, dtype, outputs, inputs) for dtype, outputs in before.items() if inputs is not None
+            compare_run(model, dtype, outputs, inputs) for dtype, outputs in before.items() if inputs is not None
         )
-        check_exactness(plan, comparisons, _noise(before))
+        check_exactness(plan, comparisons, noise_of(before))
         values, response = (
             check_values(model, plan, cast(inputs, model)) if inputs is not None and before else ((), None)
         )
@@ -100,7 +100,7 @@ def convert(
     return report
 
 
-def _first_run(model: nn.Module, inputs: Inputs | None) -> tuple[dict[torch.dtype, Outputs], Inputs | None, str]:
+def first_run(model: nn.Module, inputs: Inputs | None) -> tuple[dict[torch.dtype, Outputs], Inputs | None, str]:
     """Outputs before the conversion, by dtype. Without inputs of the user's, a model that cannot be run on synthetic
     ones is verified site by site, and the note says so."""
     given = inputs is not None
@@ -132,7 +132,8 @@ def _run(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> Outputs:
         return outputs_of(model, cast(inputs, model))
 
 
-def _compare_run(model: nn.Module, dtype: torch.dtype, before: Outputs, inputs: Inputs) -> Comparison:
+def compare_run(model: nn.Module, dtype: torch.dtype, before: Outputs, inputs: Inputs) -> Comparison:
+    """Outputs of a converted model in that dtype against those from before."""
     return comparison(
         before,
         _run(model, dtype, inputs),
@@ -142,7 +143,7 @@ def _compare_run(model: nn.Module, dtype: torch.dtype, before: Outputs, inputs: 
     )
 
 
-def _noise(before: Mapping[torch.dtype, Outputs]) -> dict[str, float]:
+def noise_of(before: Mapping[torch.dtype, Outputs]) -> dict[str, float]:
     """How far a 16-bit original is from itself in float32: what an exact conversion may move it by."""
     wide = before.get(torch.float32)
     return {

@@ -16,6 +16,7 @@ PACKAGE = Path(hf_geglu.__file__).parent
 LAYERS = [
     ["modeling_geglu"],
     ["errors"],
+    ["files"],
     ["auto", "variants", "functional", "width", "modes", "fingerprint"],
     ["sites", "skeleton"],
     ["selection", "conversions"],
@@ -29,7 +30,7 @@ LAYERS = [
     ["provenance"],
     ["converting", "config"],
     ["hub"],
-    ["neighbours"],
+    ["neighbours", "checkpoint"],
     ["training"],
     ["demo"],
     ["cli"],

@@ -78,45 +78,45 @@ def convert(
     layers: Layers = None,
     gelu: Gelu = "owner",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the checkpoint was saved.")] = "auto",
+    verify: Annotated[
+        Literal["sites", "model", "none"],
+        typer.Option(
+            help="sites: every converted block of the written files, in float64. model: run the whole model before and "
+            "after, too, and keep golden outputs; needs memory for it."
+        ),
+    ] = "sites",
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
     sites: Sites = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT_DIR holds.")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Convert a pretrained model, verify it, and save the variant with its tokenizer."""
-    from transformers import AutoConfig
+    """Convert a checkpoint file by file, verify it, and write the variant with tokenizer, manifest and card.
 
-    from hf_geglu.hub import check_output, from_pretrained, load_processor, save_folder
+    The model need not fit into memory. Interrupted, the same command goes on where it stopped.
+    """
+    from hf_geglu.checkpoint import bytes_bar, convert_checkpoint
     from hf_geglu.sites import read_sites
-    from hf_geglu.skeleton import architecture
 
-    check_output(output_dir, overwrite=overwrite)
-    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    converted, report = from_pretrained(
-        architecture(config),
-        model,
-        variant=variant,
-        layers=layers,
-        gelu=gelu,
-        sites=None if sites is None else read_sites(sites),
-        output_report=True,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    print(report)
-    processor = load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
-    save_folder(
-        converted,
-        output_dir,
-        tokenizer=processor,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        command=sys.argv,
-        companions=model,
-        revision=revision,
-    )
+    with bytes_bar("converting") as progress:
+        done = convert_checkpoint(
+            model,
+            output_dir,
+            variant=variant,
+            layers=layers,
+            gelu=gelu,
+            sites=None if sites is None else read_sites(sites),
+            dtype=dtype,
+            verify=verify,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            papers=True,
+            command=sys.argv,
+            progress=progress,
+        )
+    print(done)
     print(f"saved in {output_dir}")
 
 

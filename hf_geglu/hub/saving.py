@@ -4,62 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_geglu.errors import OutputError
+from hf_geglu.files import whole_folder
 from hf_geglu.hub.card import CARD, is_ours
 from hf_geglu.hub.companions import carry_companions
 from hf_geglu.hub.papers import document
 from hf_geglu.provenance import TrainingRecord
-
-
-def check_output(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The folder as a path, if it may be written. Creates nothing.
-
-    Raises:
-        OutputError: it is a file, or it is not empty and `overwrite` is off.
-    """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target.name} is a file; expected a folder to write to")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise OutputError(f"the output folder {target.name} is not empty; choose another one, or say --overwrite")
-    return target
-
-
-@contextmanager
-def whole_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its place when the block ends well and vanishes when it does not.
-
-    With `overwrite` a folder of that name is replaced as a whole, after the new one is complete.
-
-    Raises:
-        OutputError: see `check_output`.
-    """
-    target = check_output(folder, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target: a rename works within one file system only
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield temporary
-        _flush(temporary)
-        _make_readable(temporary)
-        old: Path | None = None
-        if target.is_dir() and any(target.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "old"
-            target.rename(old)
-        elif target.is_dir():
-            target.rmdir()
-        temporary.rename(target)
-        if old is not None:
-            shutil.rmtree(old.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def save_folder(
@@ -124,18 +77,3 @@ def save_folder(
             curves=curves,
         )
     return target
-
-
-def _flush(folder: Path) -> None:
-    """Weights reach the disk before the folder gets its name: a power cut leaves no complete-looking folder."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _make_readable(folder: Path) -> None:
-    """`mkdtemp` makes folders for their owner only; a saved model has the permissions of any other folder."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)

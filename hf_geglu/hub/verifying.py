@@ -12,9 +12,9 @@ from typing import Any, Literal
 from rich.table import Table
 
 from hf_geglu.errors import HfGegluError, ManifestError
+from hf_geglu.files import check_weights
 from hf_geglu.fingerprint import fingerprint
 from hf_geglu.hub.golden import check_golden
-from hf_geglu.hub.integrity import check_weights
 from hf_geglu.hub.loading import load
 from hf_geglu.hub.manifest import GOLDEN, MANIFEST, Manifest, read_manifest, sealed_files
 from hf_geglu.sites import find_sites

@@ -1,0 +1,267 @@
+"""convert_checkpoint: a folder of weights in, a folder of the variant's weights out, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_geglu.checkpoint.blueprint import Blueprint, Wish, draw
+from hf_geglu.checkpoint.carry import Belongings, belongings, carry
+from hf_geglu.checkpoint.job import Job, fingerprint, left_to_tidy
+from hf_geglu.checkpoint.layout import Shard, index_json, shards
+from hf_geglu.checkpoint.proof import Files, Proof, Verify, prove
+from hf_geglu.checkpoint.source import fetch
+from hf_geglu.checkpoint.stored import open_checkpoint
+from hf_geglu.checkpoint.stream import write_shards
+from hf_geglu.errors import HfGegluError, OutputError, PlanError
+from hf_geglu.files.folder import check_output, workplace
+from hf_geglu.files.weights import INDEX
+from hf_geglu.fingerprint import fingerprint as fingerprint_of
+from hf_geglu.hub.papers import write_papers
+from hf_geglu.plan import GeluForm, Plan
+from hf_geglu.provenance import Provenance, base_of
+from hf_geglu.selection import Layers
+from hf_geglu.sites import GivenSite
+from hf_geglu.verify import Report
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while shards are written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedCheckpoint:
+    """What was done. Frozen; prints itself."""
+
+    folder: Path
+    plan: Plan
+    report: Report
+    tensors: int
+    """How many were written."""
+    changed: int
+    """How many of them are not copies."""
+    bytes: int
+    resumed: int
+    """Shards that an attempt before had finished."""
+    dropped: tuple[str, ...]
+    """Tensors of the source that the model class has no use for."""
+    absent: tuple[str, ...]
+    """Parameters that the source does not hold; whoever loads the variant gets them made up, as with the source."""
+    left: tuple[str, ...]
+    """Files of the source that were not carried over."""
+
+    def __str__(self) -> str:
+        lines = [
+            str(self.report),
+            f"  {self.tensors:,} tensors, {self.bytes / 1e6:,.1f} MB: {self.changed:,} changed, "
+            f"{self.tensors - self.changed:,} copied"
+            + (f"; {self.resumed} files were there from an attempt before" if self.resumed else ""),
+        ]
+        for what, names in (
+            ("not used by this class, left out", self.dropped),
+            ("not in the checkpoint, will be made up when loading", self.absent),
+            ("files not carried over", self.left),
+        ):
+            if names:
+                lines.append(f"  {what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if names[6:] else ''}")
+        return "\n".join(lines)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    variant: str = "geglu",
+    layers: Layers = None,
+    gelu: GeluForm = "owner",
+    sites: Sequence[GivenSite] | None = None,
+    dtype: str | torch.dtype = "auto",
+    verify: Verify = "sites",
+    model_class: Any = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    papers: bool = False,
+    command: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> ConvertedCheckpoint:
+    """Convert a checkpoint that need not fit into memory.
+
+    Tensors that do not change are copied as bytes, the others are computed in pieces by the functions that `convert`
+    uses, so the result has the same bits as loading, converting and saving. Configs, tokenizer, chat template and
+    licence go along. The target appears when it is complete. Killed, the same call goes on where it stopped.
+
+    Args:
+        source: folder with safetensors or torch .bin files (those are opened with ``weights_only``), or a Hub id.
+        target: folder to write. Must not exist, or be empty, unless `overwrite`.
+        plan: from `make_plan`; the arguments `variant`, `layers` and `gelu` make one otherwise.
+        variant: see `make_plan`.
+        layers: see `make_plan`.
+        gelu: see `make_plan`.
+        sites: named by hand, for an architecture that the search does not understand; see `find_sites`.
+        dtype: as in ``from_pretrained``: "auto" is the one that the config names.
+        verify: "sites" checks every converted block of the written files in float64; "model" also runs the original and
+            the variant, one after the other, and needs memory for one of them; "none" does neither.
+        model_class: a model class or Auto class to open the checkpoint as; None for the one that its config names.
+        max_shard_size: largest weights file, in bytes or as "5GB".
+        overwrite: replace what `target` holds, once the new folder is complete.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the modelling code of the checkpoint.
+        papers: write manifest and model card, too (see `hf_geglu.hub.papers`); this reads every file again, for its
+            SHA-256. With verify="model" golden outputs are among them.
+        command: words of the command that made it, for the papers.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        What was done, with the report of the verification.
+
+    Raises:
+        WeightsError: weights, index or config are damaged or do not belong together; NaN or infinity in what changes.
+        PlanError: the plan does not fit, or this conversion cannot be done tensor by tensor; says what to do instead.
+        VerificationError: the written files are not what the plan promised; `target` was not made.
+        OutputError: `target` must not be written, or there is no room.
+        HfGegluError: any other of the tree in `hf_geglu.errors`.
+    """
+    if verify not in ("model", "sites", "none"):
+        raise PlanError(f"verify={verify!r}; expected 'model', 'sites' or 'none'")
+    place = Path(target)
+    if not left_to_tidy(place):
+        check_output(place, overwrite=overwrite)
+    folder, weights = fetch(source, revision=revision)
+    if folder.resolve() == place.resolve():
+        raise OutputError("source and target are the same folder; choose another output folder")
+    wish = Wish(
+        plan=plan,
+        variant=variant,
+        layers=layers,
+        gelu=gelu,
+        sites=sites,
+        dtype=dtype,
+        model_class=model_class,
+        trust_remote_code=trust_remote_code,
+    )
+    with open_checkpoint(weights) as stored, tempfile.TemporaryDirectory() as scratch:
+        drawn = draw(folder, stored, wish, papers=Path(scratch))
+        code = drawn.plan.tier == "native" and trust_remote_code
+        work = _Work(
+            folder=folder,
+            papers=Path(scratch),
+            drawn=drawn,
+            shards=shards(drawn.outputs, max_shard_size),
+            files=belongings(folder, (*weights.names, *_indices(folder)), code=code),
+            verify=verify,
+            document=_documented(command, place.resolve().name, max_shard_size) if papers else None,
+        )
+        settings = {"plan": drawn.plan.to_dict(), "torch": torch.__version__, "files": work.files.carried}
+        mark = fingerprint(work.shards, weights.paths, settings)
+        with workplace(place) as here:
+            job = Job(here, mark, work.shards)
+            try:
+                report, resumed = _carry_out(work, job, overwrite, progress)
+            except OutputError:
+                if len(job.pending()) == len(job.shards):
+                    here.clear()
+                raise
+            except HfGegluError:
+                here.clear()
+                raise
+            here.clear()
+    return ConvertedCheckpoint(
+        folder=place,
+        plan=drawn.plan,
+        report=report,
+        tensors=len(drawn.outputs),
+        changed=sum(not output.copied for output in drawn.outputs),
+        bytes=sum(shard.nbytes for shard in work.shards),
+        resumed=resumed,
+        dropped=drawn.dropped,
+        absent=drawn.absent,
+        left=work.files.left,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """All that is to be done."""
+
+    folder: Path
+    papers: Path
+    """Where config, generation config and modelling code of the variant are."""
+    drawn: Blueprint
+    shards: tuple[Shard, ...]
+    files: Belongings
+    verify: Verify
+    document: Callable[[_Work, Path, Proof], None] | None
+
+
+def _carry_out(work: _Work, job: Job, overwrite: bool, progress: Progress | None) -> tuple[Report, int]:
+    """Do it; returns the report and how many shards were there already."""
+    if job.begin():
+        files = Files(source=work.folder, written=job.place.target, shards=work.shards)
+        return prove(work.drawn, files, work.verify).report, len(job.shards)
+    check_output(job.place.target, overwrite=overwrite)
+    folder, pending = job.place.folder, job.pending()
+    job.check_room(pending)
+    total, left = (sum(shard.nbytes for shard in some) for some in (work.shards, pending))
+    write_shards(pending, folder, _counter(total, left, progress))
+    made = [path.name for path in sorted(work.papers.iterdir())]
+    carry(work.papers, folder, tuple(made))
+    index = index_json(work.shards, sum(parameter.numel() for parameter in work.drawn.variant.parameters()))
+    if index is not None:
+        (folder / INDEX).write_text(index, encoding="utf-8")
+        made.append(INDEX)
+    carry(work.folder, folder, work.files.carried)
+    job.sweep([*made, *work.files.carried])
+    proof = prove(work.drawn, Files(source=work.folder, written=folder, shards=work.shards), work.verify)
+    if work.document is not None:
+        work.document(work, folder, proof)
+    job.finish()
+    return proof.report, len(job.shards) - len(pending)
+
+
+def _documented(command: Sequence[str], name: str, max_shard_size: int | str) -> Callable[[_Work, Path, Proof], None]:
+    """Manifest and card, as `save_folder` writes them; golden outputs where the model was in memory for its proof."""
+
+    def document(work: _Work, folder: Path, proof: Proof) -> None:
+        if not work.drawn.plan.converted:
+            return
+        step0 = None if proof.variant is None else fingerprint_of(proof.variant)
+        base = base_of(work.drawn.base.config, proof.base)
+        provenance = Provenance(base=base, plan=work.drawn.plan, report=proof.report.to_dict(), step0=step0)
+        write_papers(
+            folder,
+            provenance,
+            model=proof.variant,
+            model_class=type(work.drawn.variant).__name__,
+            command=command,
+            max_shard_size=max_shard_size,
+            name=name,
+            base_folder=work.folder,
+        )
+
+    return document
+
+
+def _counter(total: int, left: int, progress: Progress | None) -> Callable[[int], None]:
+    lock, done = threading.Lock(), total - left
+
+    def count(written: int) -> None:
+        nonlocal done
+        with lock:
+            done += written
+            if progress is not None:
+                progress(done, total)
+
+    return count
+
+
+def _indices(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.index.json")]
