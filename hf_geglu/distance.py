@@ -87,7 +87,7 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Outputs:
         torch.manual_seed(0)
         # nothing is generated here, and some caches are written in place, which gradients do not survive
         cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        result = model(**cache, **inputs)
+        result = model(**{**cache, **inputs})
     tensors = dict(_flat(result, "output")) if not isinstance(result, Mapping) else {}
     for name, value in result.items() if isinstance(result, Mapping) else ():
         if isinstance(value, torch.Tensor) or name not in _BY_THE_WAY:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+import hf_geglu
 from benchmarks.zoo.building import NotBuiltError, build, model_types
 from benchmarks.zoo.inputs import inputs_for
 from benchmarks.zoo.overrides import CLASSES, COMPOSED, NOT_BUILT, OVERRIDES
@@ -121,3 +122,10 @@ def test_inputs_leave_the_model_as_it_was():
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, synthetic_inputs(model)[name]) for name, tensor in inputs.items())
+
+
+def test_inputs_may_say_what_to_do_with_the_cache():
+    """Models whose layers keep states (Mamba) run without a cache only, and their inputs say so."""
+    model = build("gpt2").model
+    result = hf_geglu.compare(model, model, {**inputs_for(model), "use_cache": False})
+    assert result.max_abs == 0.0
