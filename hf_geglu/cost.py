@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_geglu.conversions import Scaling, rewrites
 from hf_geglu.sites import Site
-from hf_geglu.sites.weights import is_stack, parameters_of, weight_name
+from hf_geglu.sites.weights import experts_in, is_stack, parameters_of, weight_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def _cost_of(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]
     weights = {weight_name(path, site.projection) for path in (site.gate, site.up, site.down)}
     used = sum(size for name, size in sizes.items() if name in weights)
     if is_stack(site.projection):
-        used = used // shapes[weight_name(site.up, site.projection)][0] * _experts_per_token(model)
+        used = used // experts_in(shapes[weight_name(site.up, site.projection)], site) * _experts_per_token(model)
     parameter = model.get_parameter(weight_name(site.up, site.projection))
     total = sum(sizes.values())
     return Cost(parameters=total, flops_per_token=2 * used, bytes=total * parameter.element_size())

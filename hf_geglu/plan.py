@@ -19,7 +19,7 @@ from hf_geglu.errors import ConversionError, NoSitesError, PlanError
 from hf_geglu.native import native_config_change
 from hf_geglu.selection import Layers, select
 from hf_geglu.sites import FoundSites, Site, find_sites
-from hf_geglu.sites.weights import parameters_of, weight_name
+from hf_geglu.sites.weights import is_stack, parameters_of, weight_name
 from hf_geglu.variants import VARIANTS, get_variant
 
 SCHEMA = 1
@@ -263,6 +263,11 @@ def _refuse_if_unfit(model: nn.Module, site: Site, shared: dict[str, list[str]],
     for path in (site.gate, site.up):
         name = weight_name(path, site.projection)
         weight = parameters.get(name)
+        if is_stack(site.projection) and weight is not None and weight.ndim == 2 and site.layout != "separate":
+            raise ConversionError(
+                f"the experts lie one after the other in {path}, whose rows cannot be told apart; leave it out with "
+                "`layers=`"
+            )
         if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
             raise ConversionError(
                 f"{path} is quantised; convert the model in bfloat16 or float32 and quantise the variant"

@@ -24,7 +24,7 @@ from hf_geglu.inputs import Inputs
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.sites import Site
-from hf_geglu.sites.weights import bias_name, entries, is_stack, output_dim, parameters_of, rows, weight_name
+from hf_geglu.sites.weights import bias_name, entries, experts_in, output_dim, parameters_of, rows, weight_name
 from hf_geglu.surgery import Undo
 
 NEURONS, VECTORS = 512, 64
@@ -123,7 +123,8 @@ def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.
     site, scaling = entry.site, entry.scaling
     neurons = torch.randperm(site.width, generator=generator)[:NEURONS]
     now: Parameters = dict(parameters_of(model, site))
-    experts = torch.randint(_experts(now, site), neurons.shape, generator=generator)
+    held = experts_in(model.get_parameter(weight_name(site.up, site.projection)).shape, site)
+    experts = torch.randint(held, neurons.shape, generator=generator)
     old_gate, old_value = _branches({**now, **undo.parameters}, site, neurons, experts, dense=not site.gated)
     new_gate, new_value = _branches(now, site, neurons, experts, dense=False)
     assert new_value is not None
@@ -176,13 +177,6 @@ def _allowed(
 
 
 Parameters = Mapping[str, nn.Parameter | None]
-
-
-def _experts(parameters: Parameters, site: Site) -> int:
-    """How many experts the projections of a site hold; 1 where they are no stack."""
-    weight = parameters[weight_name(site.up, site.projection)]
-    assert weight is not None
-    return weight.shape[0] if is_stack(site.projection) else 1
 
 
 def _branches(

@@ -33,11 +33,13 @@ _ALWAYS = frozenset({"position_embeddings"})
 _STATE = re.compile(r"hidden|residual|input|states|tensor|skip|shortcut|query|^x$")
 
 
-def shapes(width: int, *, channels_first: bool) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a hidden state of this width, the common ones first; images and signals where a block convolves."""
+def shapes(width: int, *, channels_first: bool, tokens: int | None = None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a hidden state of this width, the common ones first; images and signals where a block convolves; last
+    one with as many `tokens`, where that may matter."""
     sequences = ((1, TOKENS, width), (TOKENS, width), (1, SIDE, SIDE, width))
     images = ((1, width, SIDE, SIDE), (1, width, TOKENS), (1, width, 4 * SIDE, 4 * SIDE))
-    return images + sequences if channels_first else sequences
+    odd = () if tokens is None else ((1, tokens, width),)
+    return (images + sequences if channels_first else sequences) + odd
 
 
 def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_geglu.sites.lone import lone_projection
 from hf_geglu.sites.observe import Probe, Seen, observe, visible
+from hf_geglu.sites.overheard import overhear
 from hf_geglu.sites.projections import Port, leads_on, read_port, within
 from hf_geglu.sites.signature import Signatures
 from hf_geglu.sites.site import FoundSites, Kind, Rejection, Site, innermost
@@ -54,9 +55,12 @@ class _Search:
         self._rejected: dict[str, Rejection] = {}
         self._open: list[tuple[Rejection, frozenset[str]]] = []
         self._stacks: list[Stacks] = []
+        self._unrun: list[tuple[str, tuple[str, ...]]] = []
+        """Blocks that no synthetic arguments fit, with the projections that are open in them."""
 
     def run(self) -> FoundSites:
         left = [] if read_port(self._model) is not None else self._visit(self._model, "")
+        self._run_as_the_model_does()
         self._look_at_lone_projections(left)
         for stacks in self._stacks:
             reason = f"stacked matrices ({stacks}): {(stacks.errors or ['no block around them is ever called'])[0]}"
@@ -111,10 +115,7 @@ class _Search:
             stub_sets = list(self._stub_sets(module, open_paths))
             probe = observe(module, stub_sets=stub_sets, mold=self._mold) if stub_sets else Probe((), (), None)
             self._probes[signature] = probe
-        for seen in probe.seen:
-            site = as_site(module, path, seen)
-            if site.up not in {known.up for known in self._sites}:  # a block that ran inside this one
-                self._sites.append(site)
+        self._take(module, path, probe)
         reasons = list(dict.fromkeys(refusal.reason for refusal in probe.refused))
         if reasons:
             self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason="; ".join(reasons))
@@ -124,6 +125,8 @@ class _Search:
         if reason is not None:
             rejection = Rejection(path=path, class_name=type(module).__name__, reason=reason)
             self._open.append((rejection, frozenset(one.path for one in free)))
+            if probe.error is not None:
+                self._unrun.append((path, open_paths))
         if probe.error is not None and len(free) > MOST:
             return []
         for one in free:
@@ -131,6 +134,39 @@ class _Search:
             if probe.error is None:
                 one.probed.add(id(module))
         return _still_open(free)
+
+    def _take(self, module: nn.Module, path: str, probe: Probe) -> None:
+        """The sites that a probe showed, but for those of a block that ran inside this one."""
+        for site in (as_site(module, path, seen) for seen in probe.seen):
+            if site.up not in {known.up for known in self._sites}:
+                self._sites.append(site)
+
+    def _run_as_the_model_does(self) -> None:
+        """Another look at the blocks that could not be run, with the arguments that the model gives them."""
+        places = [*self._unrun, *((stacks.path, ()) for stacks in self._stacks)]
+        firsts: dict[Hashable, str] = {}
+        for path, _ in places:
+            firsts.setdefault(self._signatures.of(self._model.get_submodule(path)), path)
+        heard = overhear(self._model, list(firsts.values()), self._mold)
+        for path, open_paths in places:
+            module = self._model.get_submodule(path)
+            signature = self._signatures.of(module)
+            given = heard.get(firsts[signature])
+            if given is None:
+                continue
+            probe = self._probes.get((signature, open_paths, "given"))
+            if probe is None:
+                stub_sets = list(self._stub_sets(module, open_paths)) or [()]
+                probe = observe(module, stub_sets=stub_sets, mold=self._mold, given=given)
+                self._probes[(signature, open_paths, "given")] = probe
+            self._take(module, path, probe)
+            if probe.refused and not probe.seen and len(open_paths) <= MOST:
+                reason = "; ".join(dict.fromkeys(refusal.reason for refusal in probe.refused))
+                self._rejected.setdefault(path, Rejection(path=path, class_name=type(module).__name__, reason=reason))
+        taken = {site.block for site in self._sites}
+        self._stacks = [
+            stacks for stacks in self._stacks if stacks.path not in taken and stacks.path not in self._rejected
+        ]
 
     def _why_open(self, probe: Probe, free: list[Free]) -> str | None:
         """The reason that stands unless a block further up explains these projections; the innermost one counts."""
@@ -182,10 +218,12 @@ class _Search:
         for stacks in list(self._stacks):
             if path and stacks.path != path and not stacks.path.startswith(f"{path}."):
                 continue
+            if len(stacks.errors) > PATIENCE:
+                continue
             signature = (self._signatures.of(module), stacks.path.removeprefix(path))
             probe = self._probes.get(signature)
             if probe is None:
-                probe = observe(module, mold=self._mold, widths=stacks.widths)
+                probe = observe(module, mold=self._mold, widths=stacks.widths, tokens=stacks.experts)
                 self._probes[signature] = probe
             seen = [one for one in probe.seen if one.observation.up.port.stacked]
             reasons = [
@@ -193,10 +231,10 @@ class _Search:
             ]
             self._sites.extend(as_site(module, path, one) for one in seen)
             stacks.errors.append("; ".join(reasons) or probe.error or "ran, but none of its matrices feeds another")
-            if seen or reasons or len(stacks.errors) > PATIENCE:
+            if seen or reasons:
                 self._stacks.remove(stacks)
-            if not seen and (reasons or len(stacks.errors) > PATIENCE):
-                reason = f"stacked matrices ({stacks}): {stacks.errors[-1 if reasons else 0]}"
+            if reasons:
+                reason = f"stacked matrices ({stacks}): {stacks.errors[-1]}"
                 self._rejected[stacks.path] = Rejection(path=stacks.path, class_name=stacks.class_name, reason=reason)
 
     def _below(self, stacks: Stacks, path: str) -> set[str]:

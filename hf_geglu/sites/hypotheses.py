@@ -85,51 +85,81 @@ def readings(sources_NK: list[torch.Tensor], width: int) -> Iterator[Branches]:
         yield Branches("interleaved", "last", 0, odd, even)
 
 
-def fit(z_NF: torch.Tensor, sources_NK: list[torch.Tensor], limits: Collection[float] = ()) -> list[Fit]:
-    """Every formula with its error, the best first; empty where the shapes allow none. Where none holds, gated ones are
-    also tried with their branches clamped at each of the `limits`."""
-    fits = _fits(z_NF, sources_NK, None)
-    for limit in limits if fits and not fits[0].holds and fits[0].layout != "dense" else ():
-        fits = sorted(_fits(z_NF, sources_NK, limit) + fits, key=lambda one: one.error)
+@dataclass(frozen=True, slots=True)
+class _Hypothesis:
+    branches: Branches
+    name: str
+    activation: Elementwise
+    offset: float
+    limit: float | None
+
+    def predict(self, gate: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
+        activated = self.activation(gate)
+        return activated if value is None else activated * (value + self.offset)
+
+    def fit(self, error: float) -> Fit:
+        one = self.branches
+        return Fit(one.layout, self.name, one.gate_half, one.gate_source, self.offset, error, self.limit)
+
+
+class Hypotheses:
+    """Everything that a block with these projections might compute: predicted once, held against any tensor."""
+
+    def __init__(self, sources_NK: list[torch.Tensor], width: int, limits: Collection[float] = ()) -> None:
+        """For a block of `width` neurons; gated ones are also tried with their branches clamped at each of the
+        `limits`, where nothing else holds."""
+        self._plain = list(_hypotheses(sources_NK, width, None))
+        gated = bool(self._plain) and self._plain[0].branches.layout != "dense"
+        self._clamped = [one for limit in limits if gated for one in _hypotheses(sources_NK, width, limit)]
+        self._sampled: list[torch.Tensor] = []
+
+    def fit(self, z_NF: torch.Tensor) -> list[Fit]:
+        """Every formula with its error, the best first; empty where the shapes allow none."""
+        if not self._plain or self._plain[0].branches.gate.shape != z_NF.shape:
+            return []
+        fits: list[Fit] = []
+        for stage, hypotheses in enumerate((self._plain, self._clamped)):
+            if hypotheses and not any(fit.holds for fit in fits):
+                if stage == len(self._sampled):
+                    self._sampled.append(_predicted(hypotheses, z_NF.numel()))
+                fits += _measured(hypotheses, self._sampled[stage], z_NF)
+        return sorted(fits, key=lambda one: one.error)
+
+
+def _hypotheses(sources_NK: list[torch.Tensor], width: int, limit: float | None) -> Iterator[_Hypothesis]:
+    for branches in readings(sources_NK, width):
+        for name, activation in candidates():
+            for offset in (0.0,) if branches.value is None else (0.0, 1.0):
+                # bilinear: either branch may be called the gate
+                again = name == "linear" and not offset and (branches.gate_source == 1 or branches.gate_half == "last")
+                if not again:
+                    yield _Hypothesis(branches.clamped(limit), name, activation, offset, limit)
+
+
+def _step(numel: int) -> int:
+    return max(1, numel // SAMPLE)
+
+
+def _predicted(hypotheses: list[_Hypothesis], numel: int) -> torch.Tensor:
+    """(H, S): every hypothesis at every S-th place."""
+    step = _step(numel)
+    sampled = (
+        one.predict(*(None if t is None else t.reshape(-1)[::step] for t in (one.branches.gate, one.branches.value)))  # type: ignore[arg-type]
+        for one in hypotheses
+    )
+    return torch.stack(list(sampled))
+
+
+def _measured(hypotheses: list[_Hypothesis], sampled_HS: torch.Tensor, z_NF: torch.Tensor) -> list[Fit]:
+    step = _step(z_NF.numel())
+    errors = _errors(sampled_HS, z_NF.reshape(-1)[::step]).tolist()
+    fits = []
+    for one, error in zip(hypotheses, errors, strict=True):
+        if error < TOLERANCE and step > 1:  # the winner is held against everything
+            error = float(_errors(one.predict(one.branches.gate, one.branches.value).reshape(1, -1), z_NF.reshape(-1)))
+        fits.append(one.fit(error))
     return fits
 
 
-def _fits(z_NF: torch.Tensor, sources_NK: list[torch.Tensor], limit: float | None) -> list[Fit]:
-    fits = [
-        _measured(branches.clamped(limit), name, activation, offset, z_NF, limit)
-        for branches in readings(sources_NK, z_NF.shape[-1])
-        if branches.gate.shape == z_NF.shape
-        for name, activation in candidates()
-        for offset in ((0.0,) if branches.value is None else (0.0, 1.0))
-        if not (
-            branches.gate_source == 1 and name == "linear" and not offset
-        )  # bilinear: either may be called the gate
-    ]
-    fits = [one for one in fits if not (one.activation == "linear" and one.gate_half == "last" and not one.offset)]
-    return sorted(fits, key=lambda one: one.error)
-
-
-def _measured(
-    branches: Branches, name: str, activation: Elementwise, offset: float, z_NF: torch.Tensor, limit: float | None
-) -> Fit:
-    step = max(1, z_NF.numel() // SAMPLE)
-    sampled = [t if t is None else t.reshape(-1)[::step] for t in (branches.gate, branches.value, z_NF)]
-    error = _error(activation, sampled[0], sampled[1], offset, sampled[2])
-    if error < TOLERANCE and step > 1:
-        error = _error(activation, branches.gate, branches.value, offset, z_NF)
-    return Fit(branches.layout, name, branches.gate_half, branches.gate_source, offset, error, limit)
-
-
-def _error(
-    activation: Elementwise,
-    gate: torch.Tensor | None,
-    value: torch.Tensor | None,
-    offset: float,
-    z: torch.Tensor | None,
-) -> float:
-    assert gate is not None
-    assert z is not None
-    predicted = activation(gate)
-    if value is not None:
-        predicted = predicted * (value + offset)
-    return float(((predicted - z).abs() / (1 + z.abs())).max())
+def _errors(predicted_HS: torch.Tensor, z_S: torch.Tensor) -> torch.Tensor:
+    return ((predicted_HS - z_S).abs() / (1 + z_S.abs())).amax(dim=1)

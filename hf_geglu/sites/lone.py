@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_geglu.sites.arguments import shapes
-from hf_geglu.sites.hypotheses import fit
+from hf_geglu.sites.hypotheses import Hypotheses
 from hf_geglu.sites.isolation import isolated
 from hf_geglu.sites.observe import Recipe, play, visible
 from hf_geglu.sites.twin import Mold
@@ -25,7 +25,7 @@ def lone_projection(block: nn.Module, *, mold: Mold) -> str | None:
             answer = run.answer.detach()
             if answer.ndim == 0:
                 return None
-            fits = fit(answer.reshape(-1, answer.shape[-1]), [rows(run.trace.calls[-1])])
+            fits = Hypotheses([rows(run.trace.calls[-1])], answer.shape[-1]).fit(answer.reshape(-1, answer.shape[-1]))
             if fits and fits[0].holds and fits[0].activation != "linear":
                 return (
                     f"one projection ({path}) followed by {fits[0].activation}, with no second one: a pooler or a head"

@@ -15,6 +15,7 @@ from hf_geglu.sites.activations import candidates
 from hf_geglu.sites.arguments import Filling, fill, fillings, shapes
 from hf_geglu.sites.hypotheses import TOLERANCE
 from hf_geglu.sites.isolation import isolated
+from hf_geglu.sites.overheard import Arguments
 from hf_geglu.sites.projections import Port, leads_on, within
 from hf_geglu.sites.trace import STUB_FORMS, Rehearsal, Stub, Trace
 from hf_geglu.sites.twin import Mold
@@ -62,6 +63,8 @@ class Recipe:
     shape: tuple[int, ...]
     filling: Filling
     forms: dict[str, int] = field(default_factory=dict)
+    given: Arguments | None = None
+    """What the model itself calls the block with; shape and filling do not count then."""
 
 
 @dataclass(slots=True)
@@ -81,6 +84,8 @@ def observe(
     mold: Mold | None = None,
     widths: Collection[int] = (),
     by_hand: bool = False,
+    given: Arguments | None = None,
+    tokens: int | None = None,
 ) -> Probe:
     """Probe one block by behaviour; its weights are never read and nothing of it changes.
 
@@ -90,13 +95,18 @@ def observe(
         mold: Casts the twins; give the one made of the whole model when many of its blocks are probed.
         widths: Of the hidden state; read off the projections where none are given.
         by_hand: Somebody says that there is a block, so its widths need not be those of one.
+        given: Arguments to run it with, instead of synthetic ones.
+        tokens: A number of tokens to try after the usual ones.
     """
     mold = mold or Mold(block)
     verdict: Verdict | None = None
     furthest: Run | None = None
     with isolated():
         for stubs in stub_sets:
-            for recipe in _recipes(block, stubs, widths):
+            asked = (
+                _recipes(block, stubs, widths, tokens) if given is None else [Recipe(stubs, (), "absent", given=given)]
+            )
+            for recipe in asked:
                 run = _persist(block, mold, recipe)
                 if run.error is None and run.trace.calls:
                     shown = judge(run.trace, by_hand=by_hand)
@@ -124,7 +134,7 @@ def visible(block: nn.Module, stubs: Collection[str]) -> list[tuple[str, Port]]:
     ]
 
 
-def _recipes(block: nn.Module, stubs: Collection[str], widths: Collection[int]) -> list[Recipe]:
+def _recipes(block: nn.Module, stubs: Collection[str], widths: Collection[int], tokens: int | None) -> list[Recipe]:
     """Every way to run a block, the likeliest first."""
     ports = [port for _, port in visible(block, stubs)]
     if not widths:
@@ -135,7 +145,7 @@ def _recipes(block: nn.Module, stubs: Collection[str], widths: Collection[int]) 
     return [
         Recipe(stubs, shape, filling)
         for width in widths
-        for shape in shapes(width, channels_first=images)
+        for shape in shapes(width, channels_first=images, tokens=tokens)
         for filling in fillings(block)
     ]
 
@@ -168,13 +178,20 @@ def play(
         if exposing is not None:
             expose_activation(twin.get_submodule(exposing[0]), exposing[1])
         trace.attach(twin)
-        x = trace.noise(recipe.shape).requires_grad_()
-        extra = fill(twin, x, recipe.filling)
+        args, kwargs = _arguments(twin, recipe, trace)
         with trace:
-            run.answer = twin() if extra is None else twin(x.clone(), **extra)
+            run.answer = twin(*args, **kwargs)
     except Exception as error:
         run.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return run
+
+
+def _arguments(twin: nn.Module, recipe: Recipe, trace: Trace) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if recipe.given is not None:
+        return recipe.given.fresh()
+    x = trace.noise(recipe.shape).requires_grad_()
+    extra = fill(twin, x, recipe.filling)
+    return ((), {}) if extra is None else ((x.clone(),), extra)
 
 
 def _probed(block: nn.Module, mold: Mold, run: Run, shown: Verdict) -> Probe:

@@ -28,19 +28,28 @@ class Stacks:
         first, *others = (shape[1:] for shape in self.shapes.values())
         return tuple(dict.fromkeys(size for size in first if all(size in other for other in others)))
 
+    @property
+    def experts(self) -> int:
+        """How many there are; some blocks want as many tokens."""
+        return next(iter(self.shapes.values()))[0]
+
     def __str__(self) -> str:
         return ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
 
 
 def stacks_of(module: nn.Module, path: str) -> Stacks | None:
-    """Two parameters of three dimensions or more that count the same experts, in a module or in children that hold one
-    each; None where there are none."""
+    """Two parameters of three dimensions that count the same experts, in a module or in children that hold one each;
+    or three of two dimensions and one shape, in which the experts lie one after the other. None where there are
+    none."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, holder in _holders(module):
         stacks = {n: tuple(p.shape) for n, p in holder._parameters.items() if p is not None and p.ndim == 3}
         if holder is module or len(stacks) == 1:
             shapes.update((f"{name}.{n}" if name else n, shape) for n, shape in stacks.items())
-    shapes = {name: shape for name, shape in shapes.items() if min(shape) > 1}
+    shapes = {name: shape for name, shape in shapes.items() if min(shape[1:]) > 1}
+    if len(shapes) < 2:
+        shapes = {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None and p.ndim == 2}
+        shapes = shapes if len(shapes) > 2 and len(set(shapes.values())) == 1 else {}
     if len(shapes) < 2 or len({shape[0] for shape in shapes.values()}) > 1:
         return None
     return Stacks(path, type(module).__name__, shapes)

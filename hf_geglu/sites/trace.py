@@ -36,6 +36,8 @@ class Call:
     port: Port
     x: torch.Tensor
     out: torch.Tensor
+    at: int
+    """How many results there were before it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,8 +86,11 @@ class Trace(TorchFunctionMode):
     """Attached to a twin, records its calls; entered, keeps products with large stand-in weights from being
     computed."""
 
-    def __init__(self, *, forms: dict[str, int] | None = None, rehearsal: Rehearsal | None = None) -> None:
+    def __init__(
+        self, *, forms: dict[str, int] | None = None, rehearsal: Rehearsal | None = None, recording: bool = True
+    ) -> None:
         super().__init__()
+        self._recording = recording
         self.calls: list[Call] = []
         self.heard: list[Heard] = []
         self.results: list[torch.Tensor] = []
@@ -144,14 +149,12 @@ class Trace(TorchFunctionMode):
         else:
             shape = (*x.shape[:-1], port.d_out * (2 if widened else 1))
         self.last_stub = None  # whatever goes wrong from here on is not for the form of its answer
-        out = self.noise(shape).requires_grad_()
-        self.calls.append(Call(path, port, x.clone(), out))
-        return out.clone()  # an in-place activation may write into it
+        return self._answer(path, port, x, shape)
 
     def _hear(self, function: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
         """Stands for a possible activation: records tensor to tensor, passes everything else on."""
         x = args[0] if args else None
-        before = x.detach().clone() if isinstance(x, torch.Tensor) else None
+        before = x.detach().clone() if isinstance(x, torch.Tensor) and self._recording else None
         if before is not None and self._rehearsal is not None and self._rehearsal.substitute == path:
             shape = list(before.shape)
             if self._rehearsal.wide:
@@ -184,7 +187,7 @@ class Trace(TorchFunctionMode):
             # a copy of some of the matrices; kept, so that no other tensor gets its place in memory
             self._stacks[_storage(answer)] = self._stacks[_storage(args[0])]
             self._kept.append(answer)
-        if isinstance(answer, torch.Tensor) and answer.requires_grad:
+        if self._recording and isinstance(answer, torch.Tensor) and answer.requires_grad:
             self.results.append(answer)
         return answer
 
@@ -198,9 +201,15 @@ class Trace(TorchFunctionMode):
         if self._rehearsal is not None and self._rehearsal.wide == path:
             shape[-1] *= 2
         self.last_stub = None
-        out = self.noise(torch.Size(shape)).requires_grad_()
-        self.calls.append(Call(path, Port(d_in, d_out, form), x.clone(), out))
-        return out.clone()
+        return self._answer(path, Port(d_in, d_out, form), x, tuple(shape))
+
+    def _answer(self, path: str, port: Port, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        out = self.noise(shape)
+        if not self._recording:
+            return out
+        out.requires_grad_()
+        self.calls.append(Call(path, port, x.clone(), out, len(self.results)))
+        return out.clone()  # an in-place activation may write into it
 
 
 _PRODUCTS = frozenset(

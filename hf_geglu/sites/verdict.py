@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_geglu.sites.activations import SATURATING
-from hf_geglu.sites.hypotheses import Fit, fit
+from hf_geglu.sites.hypotheses import Fit, Hypotheses
 from hf_geglu.sites.projections import leads_on
 from hf_geglu.sites.trace import Call, Trace
 
@@ -105,13 +105,15 @@ def _feeding(down: Call, earlier: list[Call]) -> list[Call]:
 def _pair(down: Call, feeding: list[Call], trace: Trace) -> Observation | Refusal | None:
     """What `down` and the one or two projections that feed it are; None where their widths say nothing."""
     paths = tuple(call.path for call in (*feeding, down))
-    fits = fit(entering(down), [rows(call) for call in feeding], trace.limits)
+    leads = any(leads_on(call.port, down.port) for call in feeding)
+    hypotheses = Hypotheses([rows(call) for call in feeding], down.port.d_in, trace.limits if leads else ())
+    fits = hypotheses.fit(entering(down))
     if fits and fits[0].holds:
         return _observation(down, feeding, fits, direct=True)
-    if not any(leads_on(call.port, down.port) for call in feeding):
+    if not leads:
         return None
-    for result in reversed(trace.results):
-        inner = _unit(result, down, feeding)
+    for result in reversed(trace.results[min(call.at for call in feeding) : down.at]):
+        inner = _unit(result, down, hypotheses)
         if inner and everything_passes(result, down, feeding):
             return _observation(down, feeding, inner, direct=False)
     names = " and ".join(f"{call.path} ({call.port.d_in} -> {call.port.d_out})" for call in feeding)
@@ -136,12 +138,11 @@ def _observation(down: Call, feeding: list[Call], fits: list[Fit], *, direct: bo
     return Observation(gate, up, down, fits[0], rivals[0] if rivals else None, direct)
 
 
-def _unit(result: torch.Tensor, down: Call, feeding: list[Call]) -> list[Fit]:
+def _unit(result: torch.Tensor, down: Call, hypotheses: Hypotheses) -> list[Fit]:
     """The fits of something that was computed on the way to `down`, if it is an activation or a gated unit."""
-    sources = [rows(call) for call in feeding]
     for dim in (-1, 1) if result.ndim > 2 else (-1,):
-        if result.numel() == sources[0].shape[0] * down.port.d_in and result.shape[dim] == down.port.d_in:
-            fits = fit(result.detach().movedim(dim, -1).reshape(-1, down.port.d_in), sources)
+        if result.shape[dim] == down.port.d_in:
+            fits = hypotheses.fit(result.detach().movedim(dim, -1).reshape(-1, down.port.d_in))
             if fits and fits[0].holds and (fits[0].layout, fits[0].activation) != ("dense", "linear"):
                 return fits
     return []

@@ -5,7 +5,7 @@ Legend of suffixes: E experts, D inputs, O outputs, N a selection of outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -19,7 +19,8 @@ _OUTPUT_DIM: Mapping[Projection, int] = MappingProxyType(
 
 
 def is_stack(projection: Projection) -> bool:
-    """Whether the experts' matrices are one parameter of three dimensions, rather than a module's weight."""
+    """Whether the experts' matrices are one parameter, rather than each a module's weight. Of three dimensions, or of
+    two where the experts' rows lie one after the other (DBRX)."""
     return projection in ("stack", "stack_transposed")
 
 
@@ -45,11 +46,18 @@ def rows(
     weight: torch.Tensor, projection: Projection, outputs_N: torch.Tensor, experts_N: torch.Tensor
 ) -> torch.Tensor:
     """Those rows of the matrix as (N, D), of those experts where it is a stack."""
-    if projection == "stack":
+    if projection == "stack" and weight.ndim == 3:
         return weight[experts_N, outputs_N]
     if projection == "stack_transposed":
         return weight[experts_N, :, outputs_N]
     return weight[:, outputs_N].T if projection == "conv1d" else weight[outputs_N].flatten(1)
+
+
+def experts_in(weight_shape: Sequence[int], site: Site) -> int:
+    """How many experts the weight of a site's up projection holds, 1 where it is no stack."""
+    if not is_stack(site.projection):
+        return 1
+    return weight_shape[0] if len(weight_shape) == 3 else weight_shape[0] // site.width
 
 
 def entries(bias: torch.Tensor, outputs_N: torch.Tensor, experts_N: torch.Tensor) -> torch.Tensor:

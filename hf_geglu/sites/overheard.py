@@ -1,0 +1,91 @@
+"""The arguments that a model itself gives to its blocks, for those that synthetic ones do not fit.
+
+A twin of the whole model is run on synthetic inputs, with no product computed, until every block that is asked for has
+been called once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_geglu.inputs import candidate_inputs
+from hf_geglu.sites.isolation import isolated
+from hf_geglu.sites.trace import Trace
+from hf_geglu.sites.twin import Mold
+
+ATTEMPTS = 6
+"""Sets of inputs that are tried; later ones are ever less likely."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arguments:
+    """Of one call. Their values are noise; their shapes and kinds are real."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies for one run, each floating-point tensor with a gradient of its own."""
+        return _copied(self.args), _copied(dict(self.kwargs))
+
+
+class _Enough(Exception):
+    pass
+
+
+def overhear(model: nn.Module, paths: list[str], mold: Mold) -> dict[str, Arguments]:
+    """What the modules at these paths are called with, as far as the model runs on synthetic inputs."""
+    heard: dict[str, Arguments] = {}
+    if not paths or getattr(model, "config", None) is None:
+        return heard
+
+    called: dict[str, Arguments] = {}
+
+    def before(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called.setdefault(path, Arguments(_copied(args), _copied(kwargs)))
+
+    def after(path: str, *_: Any) -> None:  # only what a block got through was right for it
+        heard.setdefault(path, called[path])
+        if len(heard) == len(paths):
+            raise _Enough
+
+    with isolated(), torch.no_grad():
+        twin = mold.cast(model)
+        trace = Trace(recording=False)
+        trace.attach(twin)
+        for path in paths:
+            module = twin.get_submodule(path)
+            module.register_forward_pre_hook(partial(before, path), with_kwargs=True)
+            module.register_forward_hook(partial(after, path))
+        for inputs in islice(candidate_inputs(twin), ATTEMPTS):
+            called.clear()
+            try:
+                with trace:
+                    twin(**inputs)
+            except Exception:  # somebody else's code, or _Enough: what was heard until then is what counts
+                if len(heard) < len(paths):
+                    continue
+            break
+    return heard
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        copied = value.detach().clone()
+        return copied.requires_grad_() if copied.is_floating_point() and torch.is_grad_enabled() else copied
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    try:
+        return copy.deepcopy(value)  # a cache, which a run would fill
+    except Exception:  # whatever cannot be copied is looked at only
+        return value
