@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_geglu.converting import convert
     from hf_geglu.distance import Comparison, compare
     from hf_geglu.hub.loading import from_pretrained
+    from hf_geglu.hub.push import push
     from hf_geglu.hub.saving import save_folder
     from hf_geglu.plan import Plan, make_plan
     from hf_geglu.sites import FoundSites, Rejection, Site, find_sites
@@ -45,6 +46,7 @@ __all__ = [
     "from_pretrained",
     "geglu_config",
     "make_plan",
+    "push",
     "revert",
     "save_folder",
 ]
@@ -64,6 +66,7 @@ _HOMES = {
     "from_pretrained": "hub.loading",
     "geglu_config": "config",
     "make_plan": "plan",
+    "push": "hub.push",
     "revert": "surgery",
     "save_folder": "hub.saving",
 }

@@ -127,7 +127,25 @@ def base_of(config: Any, fingerprint: Fingerprint | None = None) -> Base:
         return Base(id=hub_id, name=hub_id, commit=cached["commit"], fingerprint=fingerprint)
     if not named or os.path.exists(named) or not _HUB_ID.fullmatch(named):
         return Base(name=Path(named).resolve().name if named else None, fingerprint=fingerprint)
-    return Base(id=named, name=named, commit=commit, fingerprint=fingerprint)
+    return Base(id=named, name=named, commit=commit or _only_snapshot(named), fingerprint=fingerprint)
+
+
+def cached_commit(hub_id: str, revision: str | None, cache: str | Path | None = None) -> str | None:
+    """The commit that a revision stands for in the Hub's cache on this machine, where its config.json is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json", revision=revision, cache_dir=cache)
+    match = _SNAPSHOT.search(found) if isinstance(found, str) else None
+    return match["commit"] if match else None
+
+
+def _only_snapshot(hub_id: str) -> str | None:
+    """transformers 5 does not say which commit it loaded. Where the cache holds a single one, it was that."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
+    held = [path.parent.name for path in snapshots.glob("*/config.json")]
+    return held[0] if len(held) == 1 else None
 
 
 def remember(model: nn.Module, provenance: Provenance) -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_" + "localserver" * 3
 LFS_FROM = 4096
 """Binary files from this size on go the LFS way. (The Hub: by ending, and from 10 MB on.)"""
@@ -164,8 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self) -> None:
         content = json.loads(self._body())["content"]
-        good = content.startswith("---\n") and "\nlicense: " in content
-        self._answer(200 if good else 400, {"errors": [] if good else [{"message": "license missing"}], "warnings": []})
+        head = yaml.safe_load(content.split("---")[1]) if content.startswith("---") else {}
+        errors = [] if isinstance(head, dict) else [{"message": "metadata must be a mapping"}]
+        self._answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def preupload(self, repo: str, revision: str) -> None:
         files = json.loads(self._body())["files"]

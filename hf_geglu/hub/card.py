@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,11 @@ def is_ours(path: Path) -> bool:
     return found is not None and _digest(text[: found.start()]) == found["digest"]
 
 
-def card(manifest: Manifest, *, inherited: BaseCard, name: str, curves: bool = False) -> str:
+def card(manifest: Manifest, *, inherited: BaseCard, name: str, curves: bool = False, tags: Sequence[str] = ()) -> str:
     """The card as text: metadata, body, and the mark by which we know it again."""
     from huggingface_hub import ModelCard
 
-    data = metadata(manifest, inherited=inherited, name=name)
+    data = metadata(manifest, inherited=inherited, name=name, tags=tags)
     licence = inherited.licence
     text = f"---\n{data.to_yaml()}\n---\n\n" + body(
         manifest, name=name, licence=licence, curves=CURVES if curves else None
@@ -61,7 +61,7 @@ def card(manifest: Manifest, *, inherited: BaseCard, name: str, curves: bool = F
     return f"{text}\n<!-- written by hf_geglu, sha256 {_digest(text)} -->\n"
 
 
-def metadata(manifest: Manifest, *, inherited: BaseCard, name: str) -> Any:
+def metadata(manifest: Manifest, *, inherited: BaseCard, name: str, tags: Sequence[str] = ()) -> Any:
     """The YAML head (huggingface.co/docs/hub/model-cards)."""
     from huggingface_hub import ModelCardData
 
@@ -80,7 +80,7 @@ def metadata(manifest: Manifest, *, inherited: BaseCard, name: str) -> Any:
         license_name=licence.license_name,
         license_link=licence.license_link,
         pipeline_tag=inherited.pipeline_tag or pipeline_tag(manifest.model_class),
-        tags=list(_tags(manifest)),
+        tags=list(dict.fromkeys([*_tags(manifest), *tags])),
         datasets=list(dict.fromkeys(run.dataset_id for run in manifest.trainings if run.dataset_id)) or None,
         model_name=name if results else None,
         eval_results=results,

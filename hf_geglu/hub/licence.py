@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,34 @@ def base_card(base: Base, folder: Path | None = None) -> BaseCard:
             data = ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
         except Exception as error:  # no network, no such card, damaged metadata: none of it may cost a save
             logger.debug("no card of %s: %s", base.name, error)
-    licence = licence_from(data)
-    if not licence.known:
+    found = inherits(data)
+    if not found.licence.known:
         logger.warning("licence unknown (%s): the card says 'other'; push asks for one with --license", why)
-    return BaseCard(licence=licence, language=data.get("language"), pipeline_tag=data.get("pipeline_tag"))
+    return found
 
 
-def licence_from(data: dict[str, Any]) -> Licence:
+def inherits(data: Mapping[str, Any]) -> BaseCard:
+    """What a card with that metadata hands on."""
+    return BaseCard(licence=licence_from(data), language=data.get("language"), pipeline_tag=data.get("pipeline_tag"))
+
+
+def card_data(text: str) -> dict[str, Any]:
+    """The metadata of a card.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        data: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
+    except YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return data
+
+
+def licence_from(data: Mapping[str, Any]) -> Licence:
     """The licence that a card's metadata names."""
     named = data.get("license")
     named = named[0] if isinstance(named, list) and named else named

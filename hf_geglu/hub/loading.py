@@ -13,6 +13,7 @@ from hf_geglu.errors import WeightsError
 from hf_geglu.files import check_weights
 from hf_geglu.inputs import Inputs
 from hf_geglu.plan import GeluForm, Plan, make_plan
+from hf_geglu.provenance import cached_commit
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites
 
@@ -76,9 +77,12 @@ def load(auto_class: Any, model: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         WeightsError: see `from_pretrained`.
     """
-    if os.path.isdir(model):
+    local = os.path.isdir(model)
+    if local:
         check_weights(Path(model))
     loaded, info = auto_class.from_pretrained(model, output_loading_info=True, **kwargs)
+    if not local and getattr(loaded.config, "_commit_hash", None) is None:  # transformers 5 keeps it to itself
+        loaded.config._commit_hash = cached_commit(str(model), kwargs.get("revision"), kwargs.get("cache_dir"))
     prefix = loaded.base_model_prefix
     missing = sorted(
         name for name in info["missing_keys"] if loaded.base_model is loaded or name.startswith(f"{prefix}.")

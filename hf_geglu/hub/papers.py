@@ -6,15 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from hf_geglu.errors import ManifestError
 from hf_geglu.fingerprint import Fingerprint, fingerprint
-from hf_geglu.hub.card import CURVES, write_card
+from hf_geglu.hub.card import CARD, CURVES, OURS_BESIDE, is_ours, write_card
 from hf_geglu.hub.golden import write_golden
-from hf_geglu.hub.licence import BaseCard, Licence, base_card, copy_licence_files, licence_from
+from hf_geglu.hub.licence import BaseCard, Licence, base_card, card_data, copy_licence_files, inherits
 from hf_geglu.hub.manifest import (
     GOLDEN,
     MANIFEST,
@@ -25,7 +25,7 @@ from hf_geglu.hub.manifest import (
     write_manifest,
 )
 from hf_geglu.hub.privacy import command_line
-from hf_geglu.provenance import Base, Provenance, TrainingRecord, recall
+from hf_geglu.provenance import Base, Provenance, TrainingRecord, base_of, recall
 
 
 def write_papers(
@@ -158,9 +158,8 @@ def _source_manifest(model: nn.Module) -> Manifest | None:
         return None
     from huggingface_hub import hf_hub_download
 
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     try:
-        path = Path(hf_hub_download(named, MANIFEST, revision=commit))
+        path = Path(hf_hub_download(named, MANIFEST, revision=base_of(model.config).commit))
     except (OSError, ValueError):  # a base, or no network: nothing is known, which the card then says
         return None
     return read_manifest(path.parent.parent)
@@ -193,10 +192,8 @@ def amend(
 
 def inherited_by(folder: Path) -> BaseCard:
     """What the card of a folder has inherited already."""
-    from huggingface_hub import ModelCard
-
-    path = folder / "README.md"
-    if not path.is_file():
-        return BaseCard()
-    data: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    return BaseCard(licence=licence_from(data), language=data.get("language"), pipeline_tag=data.get("pipeline_tag"))
+    for place in (OURS_BESIDE, CARD):
+        path = folder / place
+        if path.is_file() and (place == OURS_BESIDE or is_ours(path)):
+            return inherits(card_data(path.read_text(encoding="utf-8")))
+    return BaseCard()

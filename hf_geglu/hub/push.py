@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import nn
 
 from hf_geglu.errors import HfGegluError, PushError
 from hf_geglu.hub.card import CARD, CURVES, card, is_ours
-from hf_geglu.hub.licence import Licence, licence_from
+from hf_geglu.hub.licence import Licence, card_data, licence_from
 from hf_geglu.hub.manifest import SEALED, Manifest, read_manifest
-from hf_geglu.hub.papers import inherited_by
+from hf_geglu.hub.papers import inherited_by, known_provenance
 from hf_geglu.hub.saving import save_folder
 from hf_geglu.hub.selection import Selection, select_files
 from hf_geglu.hub.verifying import Verification, verify_variant
@@ -75,6 +76,8 @@ def push(
     base: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     message: str | None = None,
+    tags: Sequence[str] = (),
+    max_shard_size: str | int = "5GB",
     token: str | None = None,
 ) -> Pushed:
     """Check a variant, upload it, download it into an empty cache and check what came back.
@@ -90,6 +93,8 @@ def push(
         base: for a delta: its base, where that is not to be taken from the Hub.
         dry_run: check and say what would go up; nothing leaves this machine.
         message: of the commit.
+        tags: for the card, besides its own (one that a person wrote stays as it is).
+        max_shard_size: largest weights file of a model.
         token: with write access; the stored login by default.
 
     Returns:
@@ -102,7 +107,9 @@ def push(
     """
     if isinstance(what, nn.Module):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = save_folder(what, Path(scratch) / repo.rpartition("/")[2], tokenizer=tokenizer)
+            folder = save_folder(
+                what, Path(scratch) / repo.rpartition("/")[2], tokenizer=tokenizer, max_shard_size=max_shard_size
+            )
             return push(
                 folder,
                 repo,
@@ -111,13 +118,14 @@ def push(
                 base=base,
                 dry_run=dry_run,
                 message=message,
+                tags=tags,
                 token=token,
             )
     folder = Path(what)
     if not folder.is_dir():
         raise PushError(f"{folder.name} is no folder; expected one that hf_geglu.save_folder wrote")
     manifest, selection = read_manifest(folder), select_files(folder)
-    text = _card_text(folder, manifest, repo, license)
+    text = _card_text(folder, manifest, repo, license, tags)
     verification = verify_variant(folder, base=base)
     problems = [*_unverified(verification), *_card_problems(text, manifest), *selection.problems]
     if problems:
@@ -138,7 +146,51 @@ def push(
     return _read_back(plan, base, token)
 
 
-def _card_text(folder: Path, manifest: Manifest, repo: str, license: str | None) -> str:
+def is_variant(model: nn.Module) -> bool:
+    """Whether anything says that a model is a variant: this process, its config, or the manifest it was loaded with."""
+    return known_provenance(model) is not None
+
+
+def push_model(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    max_shard_size: str | int | None = None,
+    tags: str | Sequence[str] | None = None,
+    **others: Any,
+) -> str:
+    """What ``model.push_to_hub`` of a variant does: `push`, by the names that transformers has for its arguments.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        PushError: see `push`; or an argument that it has no counterpart for.
+    """
+    neutral = {"use_temp_dir": None, "safe_serialization": True}
+    odd = sorted(name for name, value in others.items() if value and neutral.get(name) != value)
+    if odd:
+        raise PushError(
+            f"push_to_hub of a GeGLU variant does not take {', '.join(odd)}: it uploads one checked commit to the main "
+            "branch. For anything else, save it with hf_geglu.save_folder and use `hf upload`"
+        )
+    done = push(
+        model,
+        repo_id,
+        private=private is not False,
+        message=commit_message,
+        tags=[tags] if isinstance(tags, str) else [*(tags or ()), *(getattr(model, "model_tags", None) or ())],
+        max_shard_size=max_shard_size or "5GB",
+        token=token if isinstance(token, str) else None,
+    )
+    assert done.url is not None
+    return done.url
+
+
+def _card_text(folder: Path, manifest: Manifest, repo: str, license: str | None, tags: Sequence[str]) -> str:
     """The card as it will stand in the repository: ours is written anew for its name, a person's stays as it is."""
     path = folder / CARD
     if not is_ours(path):
@@ -146,7 +198,7 @@ def _card_text(folder: Path, manifest: Manifest, repo: str, license: str | None)
     inherited = inherited_by(folder)
     if license is not None:
         inherited = replace(inherited, licence=Licence(license=license))
-    return card(manifest, inherited=inherited, name=repo, curves=(folder / CURVES).is_file())
+    return card(manifest, inherited=inherited, name=repo, curves=(folder / CURVES).is_file(), tags=tags)
 
 
 def _unverified(verification: Verification) -> list[str]:
@@ -155,13 +207,14 @@ def _unverified(verification: Verification) -> list[str]:
 
 def _card_problems(text: str, manifest: Manifest) -> list[str]:
     try:
-        data: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
+        data = card_data(text)
     except ValueError as error:
         return [f"{CARD} has metadata that cannot be read ({error})"]
     problems = []
     if not licence_from(data).known:
         problems.append(
-            f"{CARD} names no licence: the variant's is its base's. Look it up and give it: --license apache-2.0"
+            f"{CARD} names no licence: the variant's is its base's. Look it up and give it: --license apache-2.0 "
+            "(in Python: hf_geglu.push(..., license='apache-2.0'))"
         )
     base = manifest.provenance.base.id
     named = data.get("base_model") or []

@@ -13,6 +13,7 @@ def register() -> None:
     """Leave the notes. Idempotent; imports nothing."""
     when_imported("peft", "hf_geglu.neighbours.peft:register_targets")
     when_imported("peft", "hf_geglu.neighbours.peft:watch_adapters")
+    when_imported("transformers.modeling_utils", "hf_geglu.neighbours.pushing:watch_push")
     when_imported("transformers.integrations.peft", "hf_geglu.neighbours.peft:watch_integration")
     when_imported("liger_kernel.transformers.monkey_patch", "hf_geglu.neighbours.liger:guard_functions")
     when_imported("liger_kernel.transformers.auto_model", "hf_geglu.neighbours.liger:guard_auto_class")
