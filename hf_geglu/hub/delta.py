@@ -87,7 +87,7 @@ def save_delta(
         (temporary / FOLDER).mkdir()
         save_file(tensors, temporary / DELTA, metadata={"places": json.dumps(places)})
         if adapted:
-            _save_adapter(model, temporary / ADAPTER)
+            _save_adapter(model, temporary / ADAPTER, provenance.base.id)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_papers(
@@ -253,11 +253,12 @@ def _plain_state(model: nn.Module) -> Mapping[str, torch.Tensor]:
     return state
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = None  # may be a local folder; the manifest names the base
+def _save_adapter(model: Any, folder: Path, base: str | None) -> None:
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    for path in folder.rglob("adapter_config.json"):  # it names the base by the place where it lies on this machine
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
 
 
 def _apply(model: nn.Module, path: Path) -> None:

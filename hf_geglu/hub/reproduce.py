@@ -90,10 +90,16 @@ def load_base(
             f"transformers {transformers.__version__} has no {plan.model_class}; install "
             f"{manifest.versions.get('transformers', 'the version that the manifest names')}"
         )
-    commit = {} if base is not None or told.commit is None else {"revision": told.commit}
+    source: dict[str, Any] = {"token": token}
+    if base is None and told.commit is not None:
+        source["revision"] = told.commit
     try:
-        return load(model_class, where, **{"dtype": getattr(torch, plan.dtype), "token": token, **commit, **kwargs})
-    except OSError as error:
+        if hasattr(transformers.AutoConfig.from_pretrained(where, **source), "geglu"):
+            raise ManifestError(f"{Path(where).name} is a GeGLU variant itself; expected the base {told.name!r}")
+        return load(model_class, where, **{"dtype": getattr(torch, plan.dtype), **source, **kwargs})
+    except HfGegluError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # not there, or of another architecture
         reason = str(error).strip().split("\n")[0]
         raise ManifestError(f"the base {told.name!r} cannot be loaded: {reason} Name another place: --base") from error
 
