@@ -80,7 +80,7 @@ def card_data(text: str) -> dict[str, Any]:
         ValueError: it cannot be read.
     """
     from huggingface_hub import ModelCard
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     try:
         data: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
