@@ -63,22 +63,25 @@ def write_golden(model: nn.Module, path: Path) -> str | None:
         path: of the file; its folder is made.
 
     Returns:
-        None, or why there are no golden outputs: the config does not say what the inputs look like, the model is
-        offloaded or distributed, or its forward fails on made-up inputs.
+        None, or why there are no golden outputs: no inputs that the config suggests can be run, the model is offloaded
+        or distributed, or its outputs cannot be kept.
     """
     try:
         if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in model.parameters()):
             return "the model was offloaded or distributed when it was saved"
         inputs = synthetic_inputs(model, seed=SEED)
         if inputs is None:
-            return "its config does not say what its inputs look like"
+            return "nothing that its config and its forward say of its inputs can be run"
         with evaluating(model), torch.no_grad():
             outputs = outputs_of(model, inputs)
     except Exception as error:  # whatever a model has against made-up inputs must not cost its owner the save
         return f"its forward failed on synthetic inputs: {type(error).__name__}"
     tensors: dict[str, torch.Tensor] = {}
-    about: dict[str, Any] = {"schema": 1, "seed": SEED, "inputs": {}, "outputs": {}}
+    flags = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
+    about: dict[str, Any] = {"schema": 1, "seed": SEED, "inputs": {}, "flags": flags, "outputs": {}}
     for name, value in inputs.items():
+        if name in flags:
+            continue
         stored = value.numel() <= STORED_INPUT
         if stored:
             tensors[f"in.{name}"] = value.cpu().contiguous()
@@ -109,7 +112,7 @@ def check_golden(model: nn.Module, path: Path) -> tuple[GoldenCheck, ...]:
     tensors, about = _read(path)
     inputs = _inputs(model, tensors, about)
     with evaluating(model), torch.no_grad():
-        outputs = outputs_of(model, cast(inputs, model))
+        outputs = outputs_of(model, cast(inputs | about["flags"], model))
     checks = []
     for name, told in about["outputs"].items():
         golden, value = tensors[f"out.{name}"], outputs.get(name)
@@ -129,6 +132,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})["golden"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        about.setdefault("flags", {})
         needed = {f"out.{name}" for name in about["outputs"]} | {
             f"in.{name}" for name, told in about["inputs"].items() if told["stored"]
         }
@@ -145,7 +149,7 @@ def _inputs(model: nn.Module, tensors: Mapping[str, torch.Tensor], about: Mappin
         return stored
     drawn = synthetic_inputs(model, seed=about["seed"]) or {}
     inputs = {name: stored.get(name, drawn.get(name)) for name in about["inputs"]}
-    made = {name: value for name, value in inputs.items() if value is not None}
+    made = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     wrong = [
         name for name, told in about["inputs"].items() if name not in made or _digest(made[name]) != told["sha256"]
     ]
