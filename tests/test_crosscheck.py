@@ -76,6 +76,10 @@ def attention(m, x):
     return m.down(torch.softmax(m.a(x) @ m.b(x).transpose(1, 2), dim=-1) @ F.relu(m.a(x)))
 
 
+def chain_of_three(m, x):
+    return m.down(F.relu(m.square(F.relu(m.a(x)))))
+
+
 def pooled_in_between(m, x):
     return m.down(F.max_pool1d(F.relu(m.a(x)).transpose(1, 2), 2).transpose(1, 2))
 
@@ -89,6 +93,7 @@ NO_BLOCKS = [
     bottleneck,
     another_width,
     attention,
+    chain_of_three,
     pooled_in_between,
 ]
 

@@ -62,6 +62,15 @@ class Block:
     """Names of the nonlinearities on the way."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A product that feeds another one through a nonlinearity."""
+
+    block: Block
+    returns: bool
+    """Whether it leads back to the width it came from. Links of a chain (a head of three layers) are no blocks."""
+
+
 @dataclass(slots=True)
 class Reading:
     """What one graph shows."""
@@ -97,12 +106,12 @@ def read_graph(model: nn.Module, outputs: Mapping[str, torch.Tensor]) -> Reading
     products = {id(node): product for node in nodes if (product := _product(node, names)) is not None}
     kept = {id(node): node for node in nodes}  # ids stay valid while nodes are referenced
     reading = Reading(used={product.weight for product in products.values()})
-    seen: set[Block] = set()
-    for product in products.values():
-        block = _block(product, products)
-        if block is not None and block not in seen:
-            seen.add(block)
-            reading.blocks.append(block)
+    links = {link for product in products.values() if (link := _link(product, products)) is not None}
+    ups, downs = {name for link in links for name in link.block.ups}, {link.block.down for link in links}
+    for link in sorted(links, key=lambda link: link.block.down):
+        chained = link.block.down in ups or link.block.ups & downs
+        if link.returns and not chained:
+            reading.blocks.append(link.block)
     del kept
     return reading
 
@@ -168,7 +177,7 @@ def _parameter(node: Node) -> torch.Tensor | None:
         node = following[0]
 
 
-def _block(down: _Product, products: Mapping[int, _Product]) -> Block | None:
+def _link(down: _Product, products: Mapping[int, _Product]) -> _Link | None:
     if down.data is None:
         return None
     sources = _sources(down.data, products)
@@ -180,9 +189,8 @@ def _block(down: _Product, products: Mapping[int, _Product]) -> Block | None:
         return None
     if len({up.weight for up in ups} | {down.weight}) != len(ups) + 1:
         return None
-    if not all(_there_and_back(up, down, gated=len(ups) == 2) for up in ups):
-        return None
-    return Block(frozenset(up.weight for up in ups), down.weight, frozenset(sources.functions))
+    returns = all(_there_and_back(up, down, gated=len(ups) == 2) for up in ups)
+    return _Link(Block(frozenset(up.weight for up in ups), down.weight, frozenset(sources.functions)), returns)
 
 
 def _sources(start: Node, products: Mapping[int, _Product]) -> _Sources:

@@ -46,4 +46,6 @@ def train_one_step(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, 
 def _loss(model: nn.Module, inputs: Mapping[str, Any], *, gradients: bool) -> torch.Tensor:
     outputs = run(model, inputs, gradients=gradients)
     terms = [tensor.double().square().mean() for tensor in outputs.values() if tensor.isfinite().all()]
+    if not terms:
+        raise ValueError("no output is finite everywhere")
     return torch.stack(terms).mean()

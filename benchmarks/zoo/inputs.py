@@ -22,8 +22,10 @@ def inputs_for(model: nn.Module) -> dict[str, Any]:
         NoInputsError: it takes none of what its config and signature suggest; says what it had against the first.
     """
     inputs = synthetic_inputs(model)
+    # nothing is generated here, and some caches are written in place, which gradients do not survive
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     if inputs is not None:
-        return inputs
+        return {**cache, **inputs}
     suggestion = next(candidate_inputs(model), None)
     if suggestion is None:
         wanted = ", ".join(inspect.signature(model.forward).parameters)

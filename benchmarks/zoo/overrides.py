@@ -166,13 +166,13 @@ CLASSES: dict[str, str] = {
     "idefics_vision": "models.idefics.vision.IdeficsVisionTransformer",
     "nougat": "models.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",
     "pp_chart2table": "models.got_ocr2.modeling_got_ocr2.GotOcr2Model",
-    "pp_chart2table_vision": "models.got_ocr2.modeling_got_ocr2.GotOcr2VisionEncoder",
     "vibevoice_diffusion": "models.vibevoice.modeling_vibevoice.VibeVoiceDiffusionHead",
 }
 """Model type -> its class below `transformers`, where no rule of `classes` tells."""
 
 NOT_BUILT: dict[str, str] = {
     "idefics_perciever": "its module takes sizes of the model around it; it is built as part of idefics",
+    "pp_chart2table_vision": "its tower is GOT-OCR2's; it is built as part of pp_chart2table",
     "sapiens2_head": "no model of its own; it is built as part of sapiens2",
     "gemma4_unified_audio": "no model of its own; it is built as part of gemma4_unified",
     "gemma4_unified_vision": "its module takes the config of the text model too; it is built as part of gemma4_unified",
