@@ -13,7 +13,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from parallel_job import IDS
+from parallel_job import IDS, train, undropped
 from tiny_models import TINY, tiny
 from versions import BEFORE_5
 
@@ -23,10 +23,11 @@ from hf_geglu.modeling_geglu import PackedGLU
 JOB = Path(__file__).with_name("parallel_job.py")
 GATHERED = "colwise_rep" if BEFORE_5 else "colwise_gather_output"
 SPLIT = "rowwise_rep" if BEFORE_5 else "rowwise_split_input"
+HAS_FSDP2 = "fsdp_version" in inspect.signature(accelerate.FullyShardedDataParallelPlugin).parameters
 DENSE_WITH_A_PLAN = {"phi": "model.layers.{}.mlp.fc1", "gpt_neox": "gpt_neox.layers.{}.mlp.dense_h_to_4h"}
 
 
-def _saved(tmp_path, model_type, *, layers=None, **overrides):
+def _saved(folder, model_type, *, layers=None, **overrides):
     """A variant whose biases are not all zero: a split that is wrong for them must show."""
     model = tiny(model_type, **overrides)
     with torch.no_grad():
@@ -34,85 +35,87 @@ def _saved(tmp_path, model_type, *, layers=None, **overrides):
             if "bias" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
     hf_geglu.convert(model, layers=layers)
-    model.save_pretrained(tmp_path / "v")
-    return tmp_path / "v", model
+    model.save_pretrained(folder)
+    return folder, model
 
 
-def _run(what, folder, *arguments, processes=2):
-    output = folder.parent / f"{what}-{processes}.json"
+SPLIT_JOBS = {
+    "phi": ("phi", {}),
+    "phi-partly": ("phi", {"layers": 0}),
+    "gpt_neox": ("gpt_neox", {}),
+    "llama": ("llama", {"num_key_value_heads": 2}),
+}
+REFUSED = ("colwise", "packed_colwise")
+FSDP = ("phi", "llama")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Everything that two processes do, in one launch: job -> (folder, model, what was found)."""
+    root = tmp_path_factory.mktemp("parallel")
+    made = {name: _saved(root / name, kind, **options) for name, (kind, options) in SPLIT_JOBS.items()}
+    jobs = {name: {"what": "tensor_parallel", "folder": str(made[name][0])} for name in SPLIT_JOBS}
+    if not BEFORE_5:
+        plans = {style: {"model.layers.*.mlp.fc1": style} for style in REFUSED}
+        jobs |= {style: {**jobs["phi"], "plan": plan} for style, plan in plans.items()}
+    if HAS_FSDP2:
+        jobs |= {f"fsdp2-{name}": {"what": "fsdp2", "folder": str(made[name][0])} for name in FSDP}
+    (root / "jobs.json").write_text(json.dumps(list(jobs.values())))
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-            str(JOB),
-            what,
-            str(folder),
-            str(output),
-            *map(json.dumps, arguments),
-        ],
+        [*launch, str(JOB), str(root / "jobs.json"), str(root / "found.json")],
         capture_output=True,
         text=True,
         check=False,
     )
-    if result.returncode:
-        return result.stderr
-    return json.loads(output.read_text()) | {"saved": f"{output}.saved"}
+    assert result.returncode == 0, result.stderr[-3000:]
+    return made, dict(zip(jobs, json.loads((root / "found.json").read_text()), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options"),
-    [("phi", {}), ("phi", {"layers": 0}), ("gpt_neox", {}), ("llama", {"num_key_value_heads": 2})],
-    ids=["phi", "phi-partly", "gpt_neox", "llama"],
-)
-def test_tensor_parallelism_computes_the_same(tmp_path, model_type, options):
-    folder, model = _saved(tmp_path, model_type, **options)
-    found = _run("tensor_parallel", folder)
-    assert isinstance(found, dict), found[-3000:]
+@pytest.mark.parametrize("name", SPLIT_JOBS)
+def test_tensor_parallelism_computes_the_same(results, name):
+    made, found = results[0][name], results[1][name]
+    folder, model = made
+    model_type = SPLIT_JOBS[name][0]
+    assert "error" not in found, found
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(found["logits"]), model(IDS).logits, rtol=1e-5, atol=1e-5)
+    model.zero_grad()
     loss = model(IDS, labels=IDS).loss
     loss.backward()
     assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    if not BEFORE_5:  # transformers 4 leaves parameters outside its plan to the user
-        gradient = torch.tensor(found["gradient"])
-        torch.testing.assert_close(gradient, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-6)
-    if model_type in DENSE_WITH_A_PLAN and not BEFORE_5:  # 4.57 takes the digit of "fc1" for a layer's number: no split
-        assert found["local"][DENSE_WITH_A_PLAN[model_type].format(0) + ".weight"] == [40, 16]
-    if BEFORE_5:  # it hides the biases of row-wise projections, of any model, and then saves without them
+    if BEFORE_5:
+        # it leaves parameters outside of its plan to the user, takes the digit of "fc1" for a layer's number (no
+        # split), and hides the biases of row-wise projections, of any model, and then saves without them
         return
-    again = TINY[model_type][0].from_pretrained(found["saved"])
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    gradient = torch.tensor(found["gradient"])
+    torch.testing.assert_close(gradient, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-6)
+    if model_type in DENSE_WITH_A_PLAN:
+        assert found["local"][DENSE_WITH_A_PLAN[model_type].format(0) + ".weight"] == [40, 16]
+    again = TINY[model_type][0].from_pretrained(f"{folder}-saved")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
 
 
 @pytest.mark.skipif(BEFORE_5, reason="transformers 4 takes no plan from the user")
-@pytest.mark.parametrize("style", ["colwise", "packed_colwise"])
-def test_a_plan_that_would_split_wrongly_is_refused(tmp_path, style):
-    folder, _ = _saved(tmp_path, "phi")
-    error = _run("tensor_parallel", folder, {"model.layers.*.mlp.fc1": style})
-    assert isinstance(error, str)
+@pytest.mark.parametrize("style", REFUSED)
+def test_a_plan_that_would_split_wrongly_is_refused(results, style):
+    error = results[1][style]["error"]
+    assert error.startswith("VariantLoadError")
     assert f"splits model.layers.0.mlp.fc1 by '{style}'" in error
     assert "colwise_gather_output" in error
 
 
-@pytest.mark.skipif(
-    "fsdp_version" not in inspect.signature(accelerate.FullyShardedDataParallelPlugin).parameters,
-    reason="this accelerate has FSDP 1 only",
-)
-@pytest.mark.parametrize("model_type", ["phi", "llama"])
-def test_fsdp2_has_the_same_losses(tmp_path, model_type):
-    folder, _ = _saved(tmp_path, model_type)
-    two, one = _run("fsdp2", folder), _run("fsdp2", folder, processes=1)
-    assert isinstance(two, dict), two[-3000:]
-    assert isinstance(one, dict), one[-3000:]
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
-    assert two["losses"][2] < two["losses"][0]
+@pytest.mark.skipif(not HAS_FSDP2, reason="this accelerate has FSDP 1 only")
+@pytest.mark.parametrize("name", FSDP)
+def test_fsdp2_has_the_same_losses(results, name):
+    folder, two = results[0][name][0], results[1][f"fsdp2-{name}"]
+    assert "error" not in two, two
+    model = undropped(folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = [loss.item() for loss in train(model, optimizer, IDS, lambda loss: loss.backward())]
+    assert two["losses"] == pytest.approx(one, abs=1e-5)
+    assert one[2] < one[0]
     assert any("mlp" in name for name in two["sharded"])
 
 

@@ -77,27 +77,18 @@ def test_default_targets_are_those_of_the_base(model_type):
     assert peft.get_peft_model(model, peft.LoraConfig()).targeted_module_names == expected
 
 
-@pytest.mark.parametrize("order", ["peft, hf_geglu", "hf_geglu, peft"])
+@pytest.mark.parametrize("order", ["peft, hf_geglu", "hf_geglu, transformers.modeling_utils"])
 def test_targets_are_registered_whichever_is_imported_first(order):
+    """And peft is not imported before its user does."""
     code = (
-        f"import {order}\n"
+        f"import sys, {order}\n"
+        f"assert ('peft' in sys.modules) == {order.startswith('peft')}\n"
+        "import peft\n"
         "from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table\n"
-        "print(table['geglu_gpt2'], peft.PeftModel.load_adapter.__name__, peft.__spec__.loader.__class__.__name__)"
+        "print(table['geglu_gpt2'], hasattr(peft.PeftModel.load_adapter, '_hf_geglu_original'))"
     )
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.stdout.split("\n")[-2] == "['c_attn'] load_adapter SourceFileLoader"
-
-
-def test_peft_is_not_imported_by_us():
-    code = "import sys, hf_geglu, transformers.modeling_utils; print('peft' in sys.modules)"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    assert result.stdout.splitlines()[-1] == "['c_attn'] True"
 
 
 # -- adapters and their base -------------------------------------------------------------------------------------------
@@ -201,19 +192,24 @@ def test_an_adapter_of_a_plain_model_is_left_alone(tmp_path):
     peft.PeftModel.from_pretrained(_variant(), tmp_path)
 
 
-def test_without_the_plugin_packed_shapes_raise(adapter):
-    """What is left where nobody compares fingerprints: torch's error of shapes, if the adapter touches the FFN."""
-    folder, _, target = adapter
+def test_without_the_plugin_packed_shapes_raise(tmp_path):
+    """What is left where nobody compares fingerprints: torch's error of shapes, if the adapter touches the FFN. One of
+    attention alone loads; docs/loading.md says so."""
+    for name, targets in TARGETS.items():
+        peft.get_peft_model(_variant(), peft.LoraConfig(target_modules=targets)).save_pretrained(tmp_path / name)
     code = (
-        "import sys, peft, transformers, torch\n"
+        "import sys, peft, transformers\n"
         "config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, n_inner=40)\n"
-        "peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel(config), 'adapter')\n"
+        "for adapter in ('attention', 'ffn'):\n"
+        "    try:\n"
+        "        peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel(config), adapter)\n"
+        "    except RuntimeError as error:\n"
+        "        print(adapter, 'size mismatch' in str(error))\n"
+        "    else:\n"
+        "        print(adapter, 'loads')\n"
         "assert 'hf_geglu' not in sys.modules"
     )
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=folder.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    if target == "ffn":
-        assert "size mismatch" in result.stderr
-    else:  # nothing tells: documented in docs/loading.md
-        assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2:] == ["attention loads", "ffn True"]
