@@ -433,7 +433,8 @@ def _wildcard(path: str) -> str:
 
 
 def gather_packed(model: nn.Module, ups: list[str]) -> None:
-    """Tensor parallelism: a packed projection is split over the ranks in one piece and gathered before it is halved.
+    """Tensor parallelism: each rank computes a share of a packed projection, and all of it is gathered before it is
+    halved.
 
     Plans are the base's, where the up projection is split by columns and the activation runs on each rank's share. Of
     [gate | value] the first of two ranks would have the gate and the second the value, and both would compute nonsense

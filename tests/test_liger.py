@@ -147,10 +147,12 @@ def test_classes_patched_before_loading_refuse_another_activation(model_type):
         tiny(model_type, **{key: "gelu"})
 
 
-def test_a_portable_variant_is_unknown_to_liger():
+def test_a_portable_variant_is_unknown_to_liger_and_it_says_so(caplog):
     model = tiny("llama")
     hf_geglu.convert(model, layers=0)
     assert model.config.model_type == "geglu_llama"
     before = model(IDS).logits
-    _by_trainer(model)
+    with caplog.at_level(logging.WARNING):
+        _by_trainer(model)
+    assert "Liger has no kernels for geglu_llama" in caplog.text
     assert torch.equal(model(IDS).logits, before)

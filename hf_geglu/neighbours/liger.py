@@ -19,6 +19,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from hf_geglu.errors import KernelError
+from hf_geglu.modeling_geglu import MODEL_TYPE_PREFIX
 from hf_geglu.neighbours.hooks import wrap
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def guard_functions(monkey_patch: ModuleType) -> None:
     table = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
     for model_type, function in list(table.items()):
         table[model_type] = getattr(monkey_patch, function.__name__, function)
+    wrap(monkey_patch, "_apply_liger_kernel_to_instance", _telling)
 
 
 def guard_auto_class(auto_model: ModuleType) -> None:
@@ -100,6 +102,18 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(**fitting(function, model, dict(bound.arguments)))
 
     return apply
+
+
+def _telling(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Liger knows no portable variant and leaves it alone, without a word."""
+
+    def apply_to_instance(model: Any, **kwargs: Any) -> Any:
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        if model_type.startswith(MODEL_TYPE_PREFIX):
+            logger.warning("Liger has no kernels for %s, a portable GeGLU variant; none of it is applied", model_type)
+        return apply(model=model, **kwargs)
+
+    return apply_to_instance
 
 
 def _guarded_loading(load: Callable[..., Any]) -> Callable[..., Any]:
