@@ -218,7 +218,7 @@ def expose_activation(module: nn.Module, call: str) -> None:
     scope = inspect.unwrap(getattr(type(module), method, type(module).forward)).__globals__
     module.__class__ = _exposed_class(type(module), call)  # type: ignore[arg-type]
     name = pattern.removesuffix("(_)")
-    if name != pattern and "(" not in name:
+    if name != pattern and "(" not in name and not name.startswith("self."):
         held = eval(name, scope)  # an expression of that very class, as below
     else:
         held = eval(f"lambda self: lambda _: {pattern}", scope)(module)

@@ -172,6 +172,15 @@ class Twice(Two):
         return self.pear(fn.relu(self.apple(x)))
 
 
+class OneForTwo(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.squash = nn.SiLU()
+
+    def forward(self, x):
+        return self.squash(self.pear(self.squash(self.apple(x))))
+
+
 class NeedsAResidual(Two):
     def forward(self, hidden, residual, *, eps):
         return residual + self.pear(fn.relu(self.apple(hidden)))
@@ -190,6 +199,7 @@ def names(layout: str, activation: str, path: str | None = None, half: str | Non
         (InPlace, names("dense", "relu", "_.relu_()")),
         (Squared, names("dense", "relu2", "torch.square(torch.relu(_))")),
         (Twice, names("dense", "relu", "fn.relu(_) #1")),
+        (OneForTwo, names("dense", "silu", "self.squash(_) #1")),
         (PythonGelu, names("dense", "gelu", "_ * 0.5 * (1 + torch.erf(_ / 2 ** 0.5))")),
         (InFloat32, names("dense", "gelu", "fn.gelu(_)")),
         (Conv1DBlock, names("dense", "relu", "torch.relu(_)")),
@@ -255,6 +265,11 @@ class NearlyGelu(Two):
     def forward(self, x):
         h = self.apple(x)
         return self.pear(h * torch.sigmoid(1.7 * h))
+
+
+class GatesAnArgument(Two):
+    def forward(self, x, per_layer_input):
+        return self.pear(fn.gelu(self.apple(x)) * per_layer_input.repeat(1, 1, 2)[..., :F])
 
 
 class Unknown(Two):
@@ -339,6 +354,7 @@ class Raises(Two):
         (NormedBefore, "neurons are mixed"),
         (Escaping, "best fit is"),
         (Unknown, "best fit is"),
+        (GatesAnArgument, "best fit is"),
         (NearlyGelu, "best fit is dense quick_gelu"),
         (Linear, "low-rank pair"),
         (Saturating, "tanh"),
@@ -420,11 +436,15 @@ class FixedView(Dense):
         return self.pear(self.squash(self.apple(x).view(*x.shape[:-1], F)))
 
 
-@pytest.mark.parametrize("block", [SharedActivation, FixedView])
-def test_an_activation_that_a_conversion_could_not_exchange_has_no_path(block: type[nn.Module]) -> None:
-    (site,) = find_sites(block()).sites
+def test_an_activation_that_a_conversion_could_not_exchange_has_no_path() -> None:
+    (site,) = find_sites(FixedView()).sites
     assert site.activation == "gelu"
     assert site.activation_path is None
+
+
+def test_of_an_activation_that_serves_twice_the_call_is_exchanged() -> None:
+    (site,) = find_sites(SharedActivation()).sites
+    assert (site.activation, site.activation_call) == ("gelu", "self.squash(_)")
 
 
 def test_nothing_to_find() -> None:

@@ -187,11 +187,12 @@ def play(
 
 
 def _arguments(twin: nn.Module, recipe: Recipe, trace: Trace) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if recipe.given is not None:
-        return recipe.given.fresh()
-    x = trace.noise(recipe.shape).requires_grad_()
-    extra = fill(twin, x, recipe.filling)
-    return ((), {}) if extra is None else ((x.clone(),), extra)
+    given = recipe.given
+    if given is None:
+        x = trace.noise(recipe.shape)
+        extra = fill(twin, x, recipe.filling)
+        given = Arguments((), {}) if extra is None else Arguments((x,), extra)
+    return given.fresh(trace.inputs)
 
 
 def _probed(block: nn.Module, mold: Mold, run: Run, shown: Verdict) -> Probe:

@@ -32,9 +32,9 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Copies for one run, each floating-point tensor with a gradient of its own."""
-        return _copied(self.args), _copied(dict(self.kwargs))
+    def fresh(self, leaves: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies for one run; what its floating-point tensors are copies of, with a gradient each, goes to `leaves`."""
+        return _copied(self.args, leaves), _copied(dict(self.kwargs), leaves)
 
 
 class _Enough(Exception):
@@ -77,14 +77,17 @@ def overhear(model: nn.Module, paths: list[str], mold: Mold) -> dict[str, Argume
     return heard
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, leaves: list[torch.Tensor] | None = None) -> Any:
     if isinstance(value, torch.Tensor):
         copied = value.detach().clone()
-        return copied.requires_grad_() if copied.is_floating_point() and torch.is_grad_enabled() else copied
+        if leaves is None or not copied.is_floating_point():
+            return copied
+        leaves.append(copied.requires_grad_())
+        return copied.clone()
     if type(value) in (tuple, list):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_copied(item, leaves) for item in value)
     if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copied(item, leaves) for key, item in value.items()}
     try:
         return copy.deepcopy(value)  # a cache, which a run would fill
     except Exception:  # whatever cannot be copied is looked at only

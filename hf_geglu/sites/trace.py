@@ -93,6 +93,8 @@ class Trace(TorchFunctionMode):
         self._recording = recording
         self.calls: list[Call] = []
         self.heard: list[Heard] = []
+        self.inputs: list[torch.Tensor] = []
+        """What the block was called with: leaves, of which it got copies."""
         self.results: list[torch.Tensor] = []
         self.limits: dict[float, None] = {}
         """Numbers that the modules hold, any of which may be what they clamp at."""

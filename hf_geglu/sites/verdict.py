@@ -95,11 +95,8 @@ def _feeding(down: Call, earlier: list[Call]) -> list[Call]:
     """The earlier calls whose answers went into the input of `down`, through anything but another projection."""
     if not earlier or not down.x.requires_grad:
         return []
-    weights = torch.linspace(0.5, 1.5, down.x.numel(), dtype=down.x.dtype).reshape(down.x.shape)
-    grads = torch.autograd.grad(
-        (down.x * weights).sum(), [call.out for call in earlier], retain_graph=True, allow_unused=True
-    )
-    return [call for call, grad in zip(earlier, grads, strict=True) if grad is not None and bool(grad.any())]
+    parts = _parts_in(down, [call.out for call in earlier])
+    return [call for call, has_part in zip(earlier, parts, strict=True) if has_part]
 
 
 def _pair(down: Call, feeding: list[Call], trace: Trace) -> Observation | Refusal | None:
@@ -114,7 +111,7 @@ def _pair(down: Call, feeding: list[Call], trace: Trace) -> Observation | Refusa
         return None
     for result in reversed(trace.results[min(call.at for call in feeding) : down.at]):
         inner = _unit(result, down, hypotheses)
-        if inner and everything_passes(result, down, feeding):
+        if inner and everything_passes(result, down, feeding) and not _hears(down, trace.inputs):
             return _observation(down, feeding, inner, direct=False)
     names = " and ".join(f"{call.path} ({call.port.d_in} -> {call.port.d_out})" for call in feeding)
     why = _unnamed(down, feeding, trace) or _mixing(down, feeding, fits)
@@ -150,20 +147,28 @@ def _unit(result: torch.Tensor, down: Call, hypotheses: Hypotheses) -> list[Fit]
 
 def everything_passes(result: torch.Tensor, down: Call, feeding: list[Call]) -> bool:
     """Whether `down` hears of `result`, and of the projections through it only: with it held back, nothing is left."""
-    if not down.x.requires_grad:
-        return False
-    weights = torch.linspace(0.5, 1.5, down.x.numel(), dtype=down.x.dtype).reshape(down.x.shape)
-    (reached,) = torch.autograd.grad((down.x * weights).sum(), [result], retain_graph=True, allow_unused=True)
-    if reached is None or not bool(reached.any()):
+    if not down.x.requires_grad or not _hears(down, [result]):
         return False
     hook = result.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
     try:
-        grads = torch.autograd.grad(
-            (down.x * weights).sum(), [call.out for call in feeding], retain_graph=True, allow_unused=True
-        )
+        return not _hears(down, [call.out for call in feeding])
     finally:
         hook.remove()
-    return not any(grad is not None and bool(grad.any()) for grad in grads)
+
+
+def _hears(down: Call, sources: list[torch.Tensor]) -> bool:
+    """Whether any of these has a part in what enters `down`."""
+    return any(_parts_in(down, sources))
+
+
+def _parts_in(down: Call, sources: list[torch.Tensor]) -> list[bool]:
+    """For each of these, whether what enters `down` moves with it."""
+    if not sources:
+        return []
+    # every number that enters gets a weight of its own, so that nothing cancels
+    weights = torch.linspace(0.5, 1.5, down.x.numel(), dtype=down.x.dtype).reshape(down.x.shape)
+    grads = torch.autograd.grad((down.x * weights).sum(), sources, retain_graph=True, allow_unused=True)
+    return [grad is not None and bool(grad.any()) for grad in grads]
 
 
 def stays_in_place(given: torch.Tensor, down: Call, dim: int) -> bool:
