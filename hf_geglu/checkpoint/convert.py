@@ -21,7 +21,7 @@ from hf_geglu.checkpoint.source import fetch
 from hf_geglu.checkpoint.stored import open_checkpoint
 from hf_geglu.checkpoint.stream import write_shards
 from hf_geglu.errors import HfGegluError, OutputError, PlanError
-from hf_geglu.files.folder import check_output, workplace
+from hf_geglu.files.folder import check_output, said_when_full, workplace
 from hf_geglu.files.weights import INDEX
 from hf_geglu.fingerprint import fingerprint as fingerprint_of
 from hf_geglu.hub.papers import write_papers
@@ -148,7 +148,7 @@ def convert_checkpoint(
         model_class=model_class,
         trust_remote_code=trust_remote_code,
     )
-    with open_checkpoint(weights) as stored, tempfile.TemporaryDirectory() as scratch:
+    with said_when_full(place), open_checkpoint(weights) as stored, tempfile.TemporaryDirectory() as scratch:
         drawn = draw(folder, stored, wish, papers=Path(scratch))
         code = drawn.plan.tier == "native" and trust_remote_code
         work = _Work(
@@ -165,7 +165,8 @@ def convert_checkpoint(
         with workplace(place) as here:
             job = Job(here, mark, work.shards)
             try:
-                report, resumed = _carry_out(work, job, overwrite, progress)
+                with said_when_full(place):
+                    report, resumed = _carry_out(work, job, overwrite, progress)
             except OutputError:
                 if len(job.pending()) == len(job.shards):
                     here.clear()

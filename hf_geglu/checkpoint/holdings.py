@@ -17,7 +17,7 @@ def held(base: nn.Module, stored: Sequence[Stored], goes: Mapping[str, Arrival])
     """Parameter -> the stored tensor that it is, in the order of storage. Merged ones are left out.
 
     Raises:
-        WeightsError: shapes differ: config and weights do not belong together.
+        WeightsError: shapes differ (config and weights do not belong together), or weights are no floating numbers.
     """
     known = base.state_dict()
     found = {}
@@ -30,6 +30,12 @@ def held(base: nn.Module, stored: Sequence[Stored], goes: Mapping[str, Arrival])
             raise WeightsError(
                 f"{tensor.name} in {tensor.file} has the shape {tensor.shape}, but {type(base).__name__} of this "
                 f"config.json has {shape} at {arrival.parameter}; config and weights do not belong together"
+            )
+        wants_floats = known[arrival.parameter].dtype.is_floating_point
+        if wants_floats and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
+            raise WeightsError(
+                f"{tensor.name} in {tensor.file} is stored as {tensor.dtype}, as quantised weights are; expected "
+                "float32, bfloat16 or float16. Convert the model that was quantised, and quantise the variant"
             )
         found[arrival.parameter] = tensor
     return found

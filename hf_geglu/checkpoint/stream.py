@@ -17,7 +17,7 @@ import torch
 from hf_geglu.checkpoint.layout import Output, Shard
 from hf_geglu.checkpoint.stored import Span, bytes_of
 from hf_geglu.conversions.precision import rounded
-from hf_geglu.errors import OutputError, WeightsError
+from hf_geglu.errors import WeightsError
 from hf_geglu.files.header import nbytes
 
 PIECE = 2**19
@@ -34,7 +34,6 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that have been written since the last call; from more than one thread."""
 
 _CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_shards(shards: Iterable[Shard], folder: Path, progress: Progress) -> None:
@@ -45,17 +44,14 @@ def write_shards(shards: Iterable[Shard], folder: Path, progress: Progress) -> N
     Raises:
         WeightsError: a tensor that changes holds NaN or infinity, or leaves the range of its dtype; or a source file
             became shorter meanwhile.
-        OutputError: there is no room.
+        OSError: as the system refuses a write.
     """
     with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as closer:
         closing: Future[None] | None = None
         for shard in shards:
-            try:
-                draft = _write(shard, folder / f"{shard.name}.draft", pool, progress)
-                if closing is not None:
-                    closing.result()
-            except OSError as error:
-                raise _understood(error, shard) from error
+            draft = _write(shard, folder / f"{shard.name}.draft", pool, progress)
+            if closing is not None:
+                closing.result()
             closing = closer.submit(_close, draft, folder / shard.name)
         if closing is not None:
             closing.result()
@@ -92,15 +88,6 @@ def _close(draft: Path, path: Path) -> None:
     finally:
         os.close(handle)
     draft.rename(path)
-
-
-def _understood(error: OSError, shard: Shard) -> Exception:
-    if error.errno not in _FULL:
-        return error
-    return OutputError(
-        f"no room to write {shard.name} ({error.strerror}): it has {shard.nbytes:,} bytes. Make room, or choose "
-        "another place, and run the same command again: it goes on where it stopped"
-    )
 
 
 @dataclass(frozen=True, slots=True)

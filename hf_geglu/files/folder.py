@@ -117,6 +117,24 @@ def whole_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
             place.clear()
 
 
+@contextmanager
+def said_when_full(folder: Path) -> Iterator[None]:
+    """Turn the system's refusal to write more into a sentence.
+
+    Raises:
+        OutputError: the disk, the quota or the largest size of a file is exhausted.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutputError(
+            f"no room to write {folder.name} ({error.strerror}). Make room, or choose another place, and run the same "
+            "command again: it goes on where it stopped"
+        ) from error
+
+
 def sync_tree(folder: Path) -> None:
     """Everything in a folder reaches the disk: a power cut leaves no complete-looking folder."""
     for path in folder.rglob("*"):
