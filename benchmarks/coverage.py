@@ -24,7 +24,7 @@ from benchmarks.records import RESULTS, write
 from benchmarks.sweep.pool import Limits, sweep
 from benchmarks.sweep.rendering import headline, render
 from benchmarks.sweep.sample import SAMPLE
-from benchmarks.sweep.verdict import compact, problems
+from benchmarks.sweep.verdict import compact, problems, settle
 
 ROWS = Path(__file__).parents[1] / ".cache" / "coverage.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
@@ -56,7 +56,7 @@ def main() -> None:
     rows = sorted((row for row in _rows(rows_file) if row["type"] in types), key=lambda row: row["type"])
     seconds = before + time.perf_counter() - start
     rows_file.with_suffix(".seconds").write_text(str(seconds), encoding="utf-8")
-    record = {"seconds": round(seconds), "processes": options.processes, "rows": [compact(row) for row in rows]}
+    record = {"seconds": round(seconds), "processes": options.processes, "rows": [compact(row) for row in settle(rows)]}
     console = Console()
     for row in rows if some else []:
         console.print(f"{row['type']}: {'; '.join(problems(row)) or 'complete'}", markup=False)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.sweep.rendering import headline, render
 from benchmarks.sweep.row import Row
-from benchmarks.sweep.verdict import compact, problems, reloads
+from benchmarks.sweep.verdict import compact, problems, reloads, settle
 
 SITE = {
     "up": "layers.0.fc1",
@@ -91,6 +91,17 @@ def test_totals():
     assert "the whole sweep: 10.0 min (target: < 20 min)" in text
     # one differs, and one whose original does not survive either is not counted
     assert "reloaded in a fresh process with difference 0.0: 12 of 13 (92.3 %) types, 12 of 13 (92.3 %) loads" in text
+
+
+def test_what_another_model_shows_is_settled():
+    attention = ["attention", "Attention", "could not be run alone on synthetic input: x"]
+    alone = row("part", rejected=[attention], not_run="ValueError: bbox")
+    whole = row("whole", rejected=[attention], second_opinion=True)
+    assert any(text.startswith("undecided") for text in problems(alone))
+    assert not any(text.startswith("undecided") for text in problems(settle([alone, whole])[0]))
+    said = {"block_class": "Attention", "opinion": "graph only", "down": "w", "finder": "nothing", "graph": "a -> w"}
+    doubted = row("whole", rejected=[attention], second_opinion=True, disagreements=[said])
+    assert any(text.startswith("undecided") for text in problems(settle([alone, doubted])[0]))
 
 
 def test_a_compact_row_says_the_same():

@@ -17,6 +17,6 @@ SAMPLE: tuple[str, ...] = (
     "codegen", "cohere", "nemotron", "moshi", "aria_text", "idefics_vision",
     "videomae", "segformer", "resnet", "mamba", "squeezebert", "data2vec-audio",
     "poolformer", "glm_image", "mistral3", "pop2piano", "modernvbert", "nemo_speechlm",
-    "glm_ocr", "sam2_mask_decoder",
+    "glm_ocr", "sam2_mask_decoder", "inkling_text", "nemotron_h",
 )
 # fmt: on

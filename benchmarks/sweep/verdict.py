@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.opinions.resolutions import read_resolutions
@@ -21,13 +21,26 @@ def is_built(row: Row) -> bool:
 
 
 def undecided(row: Row) -> list[str]:
-    """Places of which the finder says that it does not know, where nobody else does either."""
+    """Places of which the finder says that it does not know, where nobody else does either: the whole model was not
+    run, and no model that was has such a module (see `settle`)."""
     if row.get("second_opinion"):
         return []
     return [
         f"{path or 'the model'} ({name}): {reason}"
         for path, name, reason in row.get("rejected", [])
-        if reason.startswith(UNDECIDED)
+        if reason.startswith(UNDECIDED) and name not in row.get("settled", ())
+    ]
+
+
+def settle(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows, each with the classes that the graph of another model has looked into without seeing a block that the
+    finder had not: a tower that is not run as a part is often run as a model of its own."""
+    rows = list(rows)
+    looked_into = {entry[1] for row in rows if row.get("second_opinion") for entry in row.get("rejected", [])}
+    doubted = {one["block_class"] for row in rows for one in row.get("disagreements", [])}
+    return [
+        {**row, "settled": sorted(looked_into & {entry[1] for entry in row.get("rejected", [])} - doubted)}
+        for row in rows
     ]
 
 
@@ -125,10 +138,10 @@ def compact(row: Row) -> dict[str, Any]:
         sites[tuple(sorted((key, value) for key, value in site.items() if key not in ("up", "count")))] += site.get(
             "count", 1
         )
-    kept = [entry for entry in row.get("rejected", []) if entry[2].startswith(UNDECIDED)]
+    kept = {entry[1]: entry for entry in reversed(row.get("rejected", [])) if entry[2].startswith(UNDECIDED)}
     return {
         **row,
         "sites": [{**dict(site), "count": count} for site, count in sites.items()],
-        "rejected": kept[:4],
+        "rejected": list(kept.values()),
         "rejections": row.get("rejections", len(row.get("rejected", []))),
     }
