@@ -98,6 +98,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "lilt": {"hidden_size": 48},
+    "longcat_flash": {"qk_head_dim": 16},
+    "sam2_hiera_det_model": {"hidden_size": 96, "image_size": [256, 256]},
+    **{
+        name: {"encoder_hidden_dim": 32, "decoder_in_channels": [32, 32, 32]}
+        for name in (
+            "rt_detr",
+            "rt_detr_v2",
+            "d_fine",
+            "deimv2",
+            "pp_doclayout_v2",
+            "pp_doclayout_v3",
+            "pp_doclayout_v4",
+        )
+    },
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},

@@ -17,6 +17,7 @@ _RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (r"vocab_size|^n_words$|vocab_sizes", VOCABULARY),
         (r"^(num|n)_(local_|routed_)?experts$|^moe_num_experts$|num_local_experts|n_routed_experts|^num_experts\b", 4),
         (r"^first_k_dense_replace$|^moe_layer_start_index$|^num_dense_layers$|^n_dense_layers$", 1),
+        (r"^num_queries$", 8),
         (r"experts_per_tok|top_?k$|moe_k$|num_selected_experts", 2),
         (r"n_shared_experts|num_shared_experts", 1),
         (r"^n_group$|topk_group|num_expert_group", 1),

@@ -97,6 +97,12 @@ def _shrink(template: PretrainedConfig, how: Shrinking, told: Mapping[str, Any],
     keys |= _undeclared(template, how, told)
     keys |= _shortened_lists(template, keys, told, defaults, how)
     keys |= _own_values(template, keys, told, defaults)
+    stages = _read(template, "out_features")
+    if level and how.kinds and isinstance(stages, list) and "out_features" not in told:
+        try:  # a backbone hands on the stages that the model around it reads, where it still has them
+            return config_class(**{**told, **keys, "out_features": stages})
+        except Exception:
+            pass
     return config_class(**{**told, **keys})
 
 
