@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from versions import BEFORE_5
 
 from benchmarks.records import RESULTS
 from benchmarks.sweep.pool import CONVERTING, READING, Limits, Server, one
@@ -28,6 +29,15 @@ ACCEPTED = {
 """Shortfalls that are no fault, by how they begin."""
 
 
+ON_4 = {
+    "detr": "the zoo cannot make its backbone's config in transformers 4",
+    "qwen2_vl": "the zoo cannot make its config small in transformers 4",
+    "aria_text": "in transformers 4 its router asks for more experts than the zoo leaves it",
+    "squeezebert": "in transformers 4 its block cannot be run alone, and its sites are not found",
+}
+"""What is not asserted on the oldest transformers, and why."""
+
+
 @pytest.fixture(scope="module")
 def servers():
     """One process that converts, one that reads; each type runs in a fork of its own."""
@@ -44,6 +54,8 @@ def servers():
 
 @pytest.mark.parametrize("model_type", [name for name in SAMPLE if name in CONFIG_MAPPING_NAMES])
 def test_converted_saved_and_read_elsewhere(model_type, servers):
+    if BEFORE_5 and model_type in ON_4:
+        pytest.skip(ON_4[model_type])
     row = one(model_type, *servers, partial=True)
     found = [text for text in problems(row) if not text.startswith(ACCEPTED.get(model_type, "\0"))]
     assert not found, found

@@ -100,10 +100,23 @@ def _shrink(template: PretrainedConfig, how: Shrinking, told: Mapping[str, Any],
     stages = _read(template, "out_features")
     if level and how.kinds and isinstance(stages, list) and "out_features" not in told:
         try:  # a backbone hands on the stages that the model around it reads, where it still has them
-            return config_class(**{**told, **keys, "out_features": stages})
+            return _made(config_class, {**told, **keys, "out_features": stages})
         except Exception:
             pass
-    return config_class(**{**told, **keys})
+    return _made(config_class, {**told, **keys})
+
+
+def _made(config_class: Any, keys: Mapping[str, Any]) -> PretrainedConfig:
+    """A config from its keys; transformers 4 wants nested ones as dictionaries."""
+    config: PretrainedConfig
+    try:
+        config = config_class(**keys)
+    except (TypeError, AttributeError):
+        plain = {
+            name: value.to_dict() if isinstance(value, PretrainedConfig) else value for name, value in keys.items()
+        }
+        config = config_class(**plain)
+    return config
 
 
 def _agreeing(template: PretrainedConfig, keys: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
