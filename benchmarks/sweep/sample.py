@@ -16,7 +16,7 @@ SAMPLE: tuple[str, ...] = (
     "layoutlm", "vision-encoder-decoder", "encoder-decoder", "llava", "qwen2_vl", "gpt_bigcode",
     "codegen", "cohere", "nemotron", "moshi", "aria_text", "idefics_vision",
     "videomae", "segformer", "resnet", "mamba", "squeezebert", "data2vec-audio",
-    "poolformer", "glm_image", "mistral3", "pop2piano", "modernvbert", "nemo_speechlm",
-    "glm_ocr", "sam2_mask_decoder", "inkling_text", "nemotron_h",
+    "poolformer", "glm_image", "mistral3", "pop2piano", "modernvbert",
+    "glm_ocr", "sam2_mask_decoder", "nemotron_h",
 )
 # fmt: on
