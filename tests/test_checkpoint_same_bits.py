@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from checkpoints import SHARD, edit_config, edit_weights, files_in, in_memory, weights_in
+from real_models import minilm_folder
 from tiny_models import TINY, tiny
 
 import hf_geglu
 from hf_geglu.checkpoint import convert_checkpoint
-from hf_geglu.errors import ConversionError, NoSitesError, PlanError
+from hf_geglu.errors import ConversionError, NoSitesError, PlanError, WeightsError
 from hf_geglu.fingerprint import fingerprint
 
 
@@ -228,3 +229,39 @@ def test_progress_counts_every_byte(tmp_path):
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert seen[-1] == (written, written) == (done.bytes, done.bytes)
     assert [now for now, _ in seen] == sorted(now for now, _ in seen)
+
+
+def test_real_weights(tmp_path):
+    """MiniLM: float32, as sentence-transformers has it."""
+    source = minilm_folder()
+    in_memory(source, tmp_path / "memory", transformers.AutoModel)
+    done = convert_checkpoint(source, tmp_path / "out", max_shard_size=SHARD)
+    expected, found = weights_in(tmp_path / "memory"), weights_in(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert max(check.max_abs for check in done.report.sites) == 0.0
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size > 30_000
+
+
+def test_from_the_hub_by_way_of_its_cache(tmp_path, monkeypatch):
+    """A snapshot of links into the cache's blobs, as huggingface_hub lays it out; nothing is downloaded (offline)."""
+    base, _ = _base(tmp_path, "bert")
+    commit = "0" * 39 + "1"
+    cached = tmp_path / "cache" / "models--me--tiny"
+    for folder in ("blobs", f"snapshots/{commit}", "refs"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (base / "tokenizer.json").write_text("{}")
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(cached / "blobs" / str(number))
+        (cached / "snapshots" / commit / path.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    convert_checkpoint("me/tiny", tmp_path / "out", papers=True)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    from hf_geglu.hub.manifest import read_manifest
+
+    told = read_manifest(tmp_path / "out").provenance.base
+    assert (told.id, told.commit) == ("me/tiny", commit)
+    with pytest.raises(WeightsError, match="neither a folder nor a Hub id"):
+        convert_checkpoint("no such//thing", tmp_path / "two")
