@@ -416,6 +416,25 @@ def base_activation(config: Any) -> Iterator[None]:
             set_config_entry(config, key, value)
 
 
+@contextmanager
+def _of_the_base(config: Any) -> Iterator[None]:
+    """While a base class builds itself, its config is of the base's class. A head that makes its body by
+    ``AutoModel.from_config(config)`` gets the base's then, whose blocks are converted once, with all the others; it is
+    not asked to trust remote code again."""
+    variant = type(config)
+    if not str(variant.model_type).startswith(MODEL_TYPE_PREFIX):
+        yield
+        return
+    auto_map = vars(config).pop("auto_map", None)
+    config.__class__ = variant.__mro__[1]
+    try:
+        yield
+    finally:
+        config.__class__ = variant
+        if auto_map is not None:
+            vars(config)["auto_map"] = auto_map
+
+
 def _swap(entries: dict[str, Any], path: list[str], value: Any) -> Any:
     """Put `value` at a path of nested dictionaries, on copies of those below the first; returns what was there."""
     name, *rest = path
@@ -510,7 +529,7 @@ class GegluMixin:
                 "upgrade "
                 "with `pip install -U hf_geglu`, or load it with trust_remote_code=True"
             )
-        with base_activation(config):
+        with base_activation(config), _of_the_base(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         build_variant_blocks(self, geglu)  # type: ignore[arg-type]
         gather_packed(self, self._packed())  # type: ignore[arg-type]

@@ -1,5 +1,8 @@
 """A saved variant opens in every way that transformers opens a model, and then does everything its base does."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
@@ -56,7 +59,9 @@ def _from_the_body(opened, model):
     return found
 
 
-@pytest.mark.parametrize("model_type", ["bert", "gpt2", "opt", "vit", "t5", "bart", "whisper", "distilbert", "llama"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "gpt2", "opt", "phi", "vit", "t5", "bart", "whisper", "distilbert", "llama"]
+)
 def test_every_head_of_the_architecture_opens_a_variant(saved, tmp_path, model_type):
     """Whatever Auto class opens the base opens its variant, and takes the same tensors from it."""
     base = tiny(model_type)
@@ -72,6 +77,42 @@ def test_every_head_of_the_architecture_opens_a_variant(saved, tmp_path, model_t
         assert _from_the_body(opened, model) == expected | added, head
         assert expected
         assert type(opened).__name__.startswith("Geglu") or "geglu" not in model.config.model_type, head
+
+
+def test_heads_that_make_their_body_by_an_auto_class(saved):
+    """``AutoModel.from_config(config)`` inside of a head: the blocks are converted once, and nobody asks for trust."""
+    folder, model = saved("phi")
+    with torch.no_grad():
+        expected = model.model(IDS).last_hidden_state
+    heads = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+    for head in heads:
+        opened = getattr(transformers, head).from_pretrained(folder).eval()
+        assert type(opened).__name__.startswith("GegluPhiFor")
+        with torch.no_grad():
+            assert torch.equal(opened.model(IDS).last_hidden_state, expected)
+        opened.save_pretrained(folder.parent / head)
+        again = transformers.AutoModel.from_pretrained(folder.parent / head).eval()
+        assert type(again).__name__ == "GegluPhiModel"
+        assert again.config.model_type == "geglu_phi"
+        with torch.no_grad():
+            assert torch.equal(again(IDS).last_hidden_state, expected)
+    code = (
+        "import sys, transformers\n"
+        f"for head in {heads!r}:\n"
+        f"    model = getattr(transformers, head).from_pretrained('v', trust_remote_code=True)\n"
+        "    print(type(model).__name__, 'auto_map' in vars(model.config))\n"
+        "assert 'hf_geglu' not in sys.modules"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    expected_lines = ["GegluPhiForSequenceClassification True", "GegluPhiForTokenClassification True"]
+    assert result.stdout.splitlines()[-2:] == expected_lines
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
