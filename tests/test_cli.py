@@ -85,7 +85,18 @@ def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
 def test_help_lists_the_commands():
     result = runner.invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("plan", "convert", "finetune", "demo"):
+    for command in (
+        "plan",
+        "convert",
+        "verify",
+        "reproduce",
+        "document",
+        "push",
+        "shrink",
+        "restore",
+        "finetune",
+        "demo",
+    ):
         assert command in result.stdout
 
 

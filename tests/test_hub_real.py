@@ -31,7 +31,7 @@ def test_a_real_variant_goes_up_and_comes_back(tmp_path, folder, auto, kwargs, s
     base = folder()
     with HubServer() as hub:
         env = hub.environment(tmp_path)
-        made = _cli("convert", base, "variant", env=env, cwd=tmp_path)
+        made = _cli("convert", base, "variant", "--verify", "model", env=env, cwd=tmp_path)
         assert made.returncode == 0, made.stderr
         pushed = _cli("push", "variant", "me/variant", env=env, cwd=tmp_path)
         assert pushed.returncode == 0, pushed.stderr

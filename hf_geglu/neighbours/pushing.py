@@ -1,19 +1,13 @@
 """``model.push_to_hub`` of a variant goes the way of `hf_geglu.push`: checked, with its papers, private unless told
-otherwise, downloaded again and verified. Other models are pushed by transformers as ever.
-
-What pushes stands above this room, so it is named here and imported when somebody pushes.
-"""
+otherwise, downloaded again and verified. Other models are pushed by transformers as ever."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from hf_geglu.neighbours.hooks import wrap
-
-PUSH = "hf_geglu.hub.push"
 
 
 def watch_push(modeling_utils: ModuleType) -> None:
@@ -23,9 +17,10 @@ def watch_push(modeling_utils: ModuleType) -> None:
 
 def _routed(original: Callable[..., Any]) -> Callable[..., Any]:
     def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        push = importlib.import_module(PUSH)
-        if not push.is_variant(self):
+        from hf_geglu.hub.push import is_variant, push_model
+
+        if not is_variant(self):
             return original(self, repo_id, *args, **kwargs)
-        return push.push_model(self, repo_id, *args, **kwargs)
+        return push_model(self, repo_id, *args, **kwargs)
 
     return push_to_hub
