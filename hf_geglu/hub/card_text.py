@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ def body(manifest: Manifest, *, name: str, licence: Licence, curves: str | None)
         _making(manifest, name),
         _licence(manifest, licence),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    text = "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip()
 
 
 def _summary(manifest: Manifest) -> str:
@@ -45,12 +47,16 @@ def _summary(manifest: Manifest) -> str:
     text = f"{base} with its {blocks} converted to {_variant(plan)} ({how})"
     if manifest.trainings:
         steps = sum(run.steps for run in manifest.trainings)
-        text += f", then trained for {steps:,} steps"
+        text += f", then trained for {_steps(steps)}"
     elif manifest.trained:
         text += ", and trained since by other means than hf_geglu's recipes"
     else:
         text += "; not trained since"
     return text + "."
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
 
 
 def _base(manifest: Manifest) -> str:
@@ -103,7 +109,7 @@ def _measured(runs: Sequence[TrainingRecord], curves: str | None) -> list[str]:
     lines = ["## Measured", ""]
     for run in runs:
         if not run.ledger:
-            lines += [f"{run.steps:,} steps on {run.data}; nothing was held out, so nothing was measured.", ""]
+            lines += [f"{_steps(run.steps)} on {run.data}; nothing was held out, so nothing was measured.", ""]
             continue
         first = run.ledger[0].nll
         kl = any(row.kl is not None for row in run.ledger)
@@ -119,7 +125,7 @@ def _measured(runs: Sequence[TrainingRecord], curves: str | None) -> list[str]:
             for row in run.ledger
         ]
         lines += _table(head, rows)
-        seen = f"{run.steps:,} steps, {run.tokens:,} training tokens, {run.held_out_tokens:,} held-out tokens"
+        seen = f"{_steps(run.steps)}, {run.tokens:,} training tokens, {run.held_out_tokens:,} held-out tokens"
         lines += ["", f"{seen}; data: {run.data or 'not recorded'}."]
         if run.control:
             lines += ["The control is the unconverted model after the same training on the same batches."]
