@@ -79,7 +79,7 @@ def _portable(config: Any, plan: Plan) -> Any:
     model = _on_meta(config)
     plan = make_plan(model, plan.variant, gelu="named")
     config = copy.deepcopy(config)
-    declare_config(config, type(model), [site_entry(entry) for entry in plan.converted], plan)
+    declare_config(config, type(model), [site_entry(entry, model) for entry in plan.converted], plan)
     return config
 
 

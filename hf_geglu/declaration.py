@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from hf_geglu.auto import auto_map, registered_config_class
 from hf_geglu.conversions import scale_at_run_time, value_offset
 from hf_geglu.errors import PlanError
-from hf_geglu.modeling_geglu import SCHEMA, TRIPWIRE, config_entry, set_config_entry, variant_model_class
+from hf_geglu.modeling_geglu import SCHEMA, TRIPWIRE, config_entry, renamed, set_config_entry, variant_model_class
 from hf_geglu.native import activation_keys, changed_config
 from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.sites.weights import is_stack, output_dim
@@ -76,8 +77,8 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def site_entry(entry: SitePlan) -> dict[str, Any]:
-    """What a variant's config records of a site: all that the run time needs to build the block."""
+def site_entry(entry: SitePlan, model: nn.Module) -> dict[str, Any]:
+    """What a variant's config records of a site: all that the run time needs to build the block in `model`'s class."""
     site, expands = entry.site, entry.conversion == "expand"
     recorded: dict[str, Any] = {
         "up": site.up if expands else None,
@@ -94,6 +95,9 @@ def site_entry(entry: SitePlan) -> dict[str, Any]:
         recorded |= unit_settings(entry)
         if is_stack(site.projection):
             recorded["stack"] = output_dim(site.projection)
+        saved = renamed(model, f"{site.up}.weight", backwards=True).removesuffix(".weight")
+        if saved != site.up:  # the name in the file, by which another version of transformers finds the block
+            recorded["saved"] = saved
     return recorded
 
 

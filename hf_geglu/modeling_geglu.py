@@ -322,6 +322,42 @@ def _locate(model: nn.Module, path: str, call: str | None) -> str | None:
     return None
 
 
+def renamed(model: nn.Module, name: str, *, backwards: bool = False) -> str:
+    """A tensor's name in a checkpoint as this class has it, or backwards; the same where transformers (before 5) keeps
+    no such list."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return name
+    renamings = [
+        each for each in get_model_conversion_mapping(model, add_legacy=False) if isinstance(each, WeightRenaming)
+    ]
+    for each in reversed(renamings) if backwards else renamings:
+        name = (each.reverse_transform() if backwards else each).rename_source_key(name)[0]
+    return name
+
+
+def _moved(model: nn.Module, site: dict[str, Any]) -> dict[str, str] | None:
+    """Where another version of transformers than the one that wrote the config has a dense site: its up projection is
+    where its tensors go, and its activation is the only one beside it."""
+    if site["up"] is None or "call" in site or "stack" in site:
+        return None
+    names = (renamed(model, f"{site['up']}.weight").removesuffix(".weight"), site.get("saved"))
+    for up in (_locate(model, name, None) for name in names if name):
+        beside = {} if up is None else dict(model.get_submodule(up.rpartition(".")[0]).named_children())
+        found = [name for name, child in beside.items() if isinstance(child, _ACTIVATIONS)]
+        if up is not None and len(found) == 1:
+            return {"up": up, "activation": f"{up.rpartition('.')[0]}.{found[0]}"}
+    return None
+
+
+_ACTIVATIONS: tuple[type, ...] = (
+    PackedGLU,
+    *(type(ACT2FN[name]) for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu")),
+)
+
+
 def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The sites with their paths as this class has them.
 
@@ -334,6 +370,8 @@ def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[di
     absent: dict[str, str] = {}
     for site in sites:
         paths = {key: _locate(model, site[key], site.get("call")) for key in ("up", "activation") if site.get(key)}
+        if None in paths.values():
+            paths.update(_moved(model, site) or {})
         tower = site["activation"].removeprefix(f"{prefix}.").split(".")[0]
         missing = [site[key] for key, path in paths.items() if path is None]
         if missing:

@@ -232,7 +232,7 @@ def _declare(model: nn.Module, plan: Plan, undo: Undo) -> None:
             set_config_entry(new_config, key, value)
     else:
         base_class, base_config = type(model), type(old_config)
-        declare_config(new_config, base_class, [site_entry(entry) for entry in plan.converted], plan)
+        declare_config(new_config, base_class, [site_entry(entry, model) for entry in plan.converted], plan)
         undo.steps.append(lambda: setattr(model, "__class__", base_class))
         model.__class__ = variant_model_class(base_class, base_config)
     _share_config(model, memo, undo)

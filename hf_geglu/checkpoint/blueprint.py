@@ -159,7 +159,7 @@ def _variant(base: Any, plan: Plan, folder: Path) -> Any:
         for key, value in plan.config_changes.items():
             set_config_entry(config, key, value)
     else:
-        declare_config(config, type(base), [site_entry(entry) for entry in plan.converted], plan)
+        declare_config(config, type(base), [site_entry(entry, base) for entry in plan.converted], plan)
         model_class = variant_model_class(type(base), type(base.config))
     variant: Any = skeleton(config, model_class)
     if hasattr(base, "_weight_conversions"):  # saving undoes what loading did
