@@ -455,18 +455,18 @@ def base_activation(config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _of_the_base(config: Any) -> Iterator[None]:
+def _of_the_base(config: Any) -> Iterator[type]:
     """While a base class builds itself, its config is of the base's class. A head that makes its body by
     ``AutoModel.from_config(config)`` gets the base's then, whose blocks are converted once, with all the others; it is
     not asked to trust remote code again."""
     variant = type(config)
     if not str(variant.model_type).startswith(MODEL_TYPE_PREFIX):
-        yield
+        yield variant
         return
     auto_map = vars(config).pop("auto_map", None)
     config.__class__ = variant.__mro__[1]
     try:
-        yield
+        yield variant.__mro__[1]
     finally:
         config.__class__ = variant
         if auto_map is not None:
@@ -567,8 +567,10 @@ class GegluMixin:
                 "upgrade "
                 "with `pip install -U hf_geglu`, or load it with trust_remote_code=True"
             )
-        with base_activation(config), _of_the_base(config):
+        with base_activation(config), _of_the_base(config) as config_class:
+            vars(self)["config_class"] = config_class  # some classes check that theirs is what they are given
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        del vars(self)["config_class"]
         build_variant_blocks(self, geglu)  # type: ignore[arg-type]
         gather_packed(self, self._packed())  # type: ignore[arg-type]
 

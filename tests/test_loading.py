@@ -115,6 +115,18 @@ def test_heads_that_make_their_body_by_an_auto_class(saved):
     assert result.stdout.splitlines()[-2:] == expected_lines
 
 
+def test_classes_that_check_the_class_of_their_config(tmp_path):
+    """EncoderDecoderModel refuses a config that is not of its `config_class`."""
+    parts = tiny("bert").config, tiny("bert", is_decoder=True, add_cross_attention=True).config
+    model = transformers.EncoderDecoderModel(transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
+    assert hf_geglu.convert(model.eval(), verify="sites").tier == "portable"
+    model.save_pretrained(tmp_path / "v")
+    opened = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "v")
+    assert type(opened).__name__ == "GegluEncoderDecoderModel"
+    assert opened.config_class.model_type == "geglu_encoder-decoder"
+    assert all(torch.equal(tensor, opened.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
 def test_there_and_back_between_head_and_base(saved, tmp_path, model_type):
     """CLM or MLM -> base model -> saved -> the head again: the body keeps its bits."""
