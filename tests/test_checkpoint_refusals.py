@@ -183,6 +183,8 @@ def test_quantised_and_converted_checkpoints(base):
     _refused(base, PlanError, "quantised")
     edit_config(base, quantization_config=None, geglu={"schema": 1})
     _refused(base, PlanError, "variant already")
+    edit_config(base, geglu=None, transformers_weights="other.safetensors")
+    _refused(base, PlanError, "a weights file of its own")
 
 
 def test_pickled_objects_are_not_opened(base):

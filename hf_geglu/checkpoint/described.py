@@ -48,6 +48,11 @@ def read_config(folder: Path, stored: Sequence[Stored], *, trust_remote_code: bo
         )
     if "geglu" in content:
         raise PlanError("this checkpoint is a GeGLU variant already; convert its base model")
+    if content.get("transformers_weights"):
+        raise PlanError(
+            "config.json names a weights file of its own (transformers_weights); convert in memory instead: "
+            "hf_geglu.from_pretrained(...), then save_pretrained"
+        )
     from transformers import AutoConfig
 
     try:
