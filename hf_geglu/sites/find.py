@@ -3,7 +3,7 @@ refusal."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -115,7 +115,7 @@ class _Search:
             stub_sets = list(self._stub_sets(module, open_paths))
             probe = observe(module, stub_sets=stub_sets, mold=self._mold) if stub_sets else Probe((), (), None)
             self._probes[signature] = probe
-        self._take(module, path, probe)
+        self._take(module, path, probe.seen)
         reasons = list(dict.fromkeys(refusal.reason for refusal in probe.refused))
         if reasons:
             self._rejected[path] = Rejection(path=path, class_name=type(module).__name__, reason="; ".join(reasons))
@@ -135,9 +135,9 @@ class _Search:
                 one.probed.add(id(module))
         return _still_open(free)
 
-    def _take(self, module: nn.Module, path: str, probe: Probe) -> None:
+    def _take(self, module: nn.Module, path: str, shown: Iterable[Seen]) -> None:
         """The sites that a probe showed, but for those of a block that ran inside this one."""
-        for site in (as_site(module, path, seen) for seen in probe.seen):
+        for site in (as_site(module, path, seen) for seen in shown):
             if site.up not in {known.up for known in self._sites}:
                 self._sites.append(site)
 
@@ -161,7 +161,7 @@ class _Search:
                     stub_sets.append(())  # with arguments that fit, a block may run as it is
                 probe = observe(module, stub_sets=stub_sets, mold=self._mold, given=given)
                 self._probes[(signature, open_paths, "given")] = probe
-            self._take(module, path, probe)
+            self._take(module, path, probe.seen)
             if probe.refused and not probe.seen and len(open_paths) <= MOST:
                 reason = "; ".join(dict.fromkeys(refusal.reason for refusal in probe.refused))
                 self._rejected.setdefault(path, Rejection(path=path, class_name=type(module).__name__, reason=reason))
@@ -227,11 +227,10 @@ class _Search:
             if probe is None:
                 probe = observe(module, mold=self._mold, widths=stacks.widths, tokens=stacks.experts)
                 self._probes[signature] = probe
-            seen = [one for one in probe.seen if one.observation.up.port.stacked]
-            reasons = [
-                refusal.reason for refusal in probe.refused if set(refusal.projections) & self._below(stacks, path)
-            ]
-            self._sites.extend(as_site(module, path, one) for one in seen)
+            own = self._below(stacks, path)
+            seen = [one for one in probe.seen if set(one.observation.projections) & own]
+            reasons = [refusal.reason for refusal in probe.refused if set(refusal.projections) & own]
+            self._take(module, path, seen)
             stacks.errors.append("; ".join(reasons) or probe.error or "ran, but none of its matrices feeds another")
             if seen or reasons:
                 self._stacks.remove(stacks)

@@ -50,7 +50,9 @@ def stacks_of(module: nn.Module, path: str) -> Stacks | None:
     if len(shapes) < 2:
         shapes = {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None and p.ndim == 2}
         shapes = shapes if len(shapes) > 2 and len(set(shapes.values())) == 1 else {}
-    if len(shapes) < 2 or len({shape[0] for shape in shapes.values()}) > 1:
+    # in one module the counts may differ: LongCat's experts that do nothing have rows in one parameter only
+    together = all("." not in name for name in shapes) or len({shape[0] for shape in shapes.values()}) == 1
+    if len(shapes) < 2 or not together:
         return None
     return Stacks(path, type(module).__name__, shapes)
 

@@ -71,6 +71,8 @@ def judge(trace: Trace, *, by_hand: bool = False) -> Verdict:
     refused: list[Refusal] = []
     for index, down in enumerate(trace.calls):
         feeding = _feeding(down, trace.calls[:index])
+        if len(feeding) == 3 and down.port.stacked:
+            feeding = _without_router(down, feeding, trace)
         if not 1 <= len(feeding) <= 2:
             continue
         outcome = _pair(down, feeding, trace)
@@ -97,6 +99,16 @@ def _feeding(down: Call, earlier: list[Call]) -> list[Call]:
         return []
     parts = _parts_in(down, [call.out for call in earlier])
     return [call for call, has_part in zip(earlier, parts, strict=True) if has_part]
+
+
+def _without_router(down: Call, feeding: list[Call], trace: Trace) -> list[Call]:
+    """Shared experts may be weighed before their down projection rather than after it: the two of three that make a
+    unit, if there are such two."""
+    for router in feeding:
+        two = [call for call in feeding if call is not router]
+        if isinstance(_pair(down, two, trace), Observation):
+            return two
+    return feeding
 
 
 def _pair(down: Call, feeding: list[Call], trace: Trace) -> Observation | Refusal | None:
