@@ -103,10 +103,10 @@ def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
         # cosine and sine of no rotation, of width 1: they broadcast against heads of any size
         return x.new_ones(1, TOKENS, 1), x.new_zeros(1, TOKENS, 1)
     if _CHOICE.search(name):
-        # every token goes to the first expert
-        return torch.zeros(_tokens(x), 1, dtype=torch.long)
+        # every token goes to the first expert, twice: some squeeze a single choice away
+        return torch.zeros(_tokens(x), 2, dtype=torch.long)
     if _SHARE.search(name):
-        return x.new_ones(_tokens(x), 1)
+        return x.new_ones(_tokens(x), 2)
     if _NUMBER.search(name):
         return SIDE
     if _GRID.search(name):
