@@ -71,8 +71,11 @@ def test_an_error_is_one_line_without_a_traceback(place: Path) -> None:
     done = run(place, str(SCRIPTS / "finetune_clm.py"), *flags.split())
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: --output_dir gpt2 is not empty")
-    assert done.stderr.count("\n") == 1
+    # torchao, where it is installed, has things to say at import; they come before
+    *_, ours = done.stderr.splitlines()
+    assert ours.startswith("error: --output_dir gpt2 is not empty")
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
     assert snapshot(place) == before
 
 
