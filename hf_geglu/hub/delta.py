@@ -27,8 +27,7 @@ from hf_geglu.files import whole_folder
 from hf_geglu.fingerprint import Fingerprint, fingerprint
 from hf_geglu.hub.manifest import FOLDER, Manifest, read_manifest
 from hf_geglu.hub.papers import known_provenance, source_folder, write_papers
-from hf_geglu.hub.reproduce import check_base, load_base
-from hf_geglu.hub.verifying import fetch_folder
+from hf_geglu.hub.sources import check_base, fetch_folder, load_base
 from hf_geglu.provenance import Provenance, TrainingRecord, remember
 from hf_geglu.surgery import forget_original
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 
 from hf_geglu.converting import convert
 from hf_geglu.errors import HfGegluError, ManifestError
 from hf_geglu.fingerprint import fingerprint
-from hf_geglu.hub.loading import load
 from hf_geglu.hub.manifest import Manifest, Sealed, read_manifest, sealed_files
-from hf_geglu.hub.verifying import Check, Verification, fetch_folder
+from hf_geglu.hub.sources import check_base, fetch_folder, load_base
+from hf_geglu.hub.verifying import Check, Verification
 from hf_geglu.plan import Plan
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -62,52 +61,6 @@ def reproduce_variant(
             checks += _compare_saved(model, folder, manifest)
     name = folder.resolve().name if os.path.isdir(source) else str(source)
     return Verification(name=f"{name}, converted again", checks=tuple(checks))
-
-
-def load_base(
-    manifest: Manifest,
-    base: str | os.PathLike[str] | None,
-    *,
-    auto_class: Any = None,
-    token: str | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The base of a variant in the dtype it was converted in, without regard to whether it is the right one.
-
-    Raises:
-        ManifestError: the manifest names no base on the Hub and none was given, or it cannot be loaded.
-    """
-    told, plan = manifest.provenance.base, manifest.provenance.plan
-    assert plan is not None
-    where = base if base is not None else told.id
-    if where is None:
-        raise ManifestError(
-            f"the base {told.name!r} was a local folder, so it cannot be fetched; say where it is: --base FOLDER"
-        )
-    model_class = auto_class or getattr(transformers, plan.model_class, None)
-    if model_class is None:
-        raise ManifestError(
-            f"transformers {transformers.__version__} has no {plan.model_class}; install "
-            f"{manifest.versions.get('transformers', 'the version that the manifest names')}"
-        )
-    source: dict[str, Any] = {"token": token}
-    if base is None and told.commit is not None:
-        source["revision"] = told.commit
-    try:
-        if hasattr(transformers.AutoConfig.from_pretrained(where, **source), "geglu"):
-            raise ManifestError(f"{Path(where).name} is a GeGLU variant itself; expected the base {told.name!r}")
-        return load(model_class, where, **{"dtype": getattr(torch, plan.dtype), **source, **kwargs})
-    except HfGegluError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # not there, or of another architecture
-        reason = str(error).strip().split("\n")[0]
-        raise ManifestError(f"the base {told.name!r} cannot be loaded: {reason} Name another place: --base") from error
-
-
-def check_base(model: Any, manifest: Manifest) -> str:
-    """What tells `model` from the base that was converted; empty where nothing does."""
-    expected = manifest.provenance.base.fingerprint
-    return "" if expected is None else expected.difference(fingerprint(model), bitwise=True)
 
 
 def _replay(model: Any, plan: Plan, manifest: Manifest) -> Iterator[Check]:

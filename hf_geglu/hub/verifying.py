@@ -14,9 +14,11 @@ from rich.table import Table
 from hf_geglu.errors import HfGegluError, ManifestError
 from hf_geglu.files import check_weights
 from hf_geglu.fingerprint import fingerprint
+from hf_geglu.hub.delta import load_delta
 from hf_geglu.hub.golden import check_golden
 from hf_geglu.hub.loading import load
 from hf_geglu.hub.manifest import GOLDEN, MANIFEST, Manifest, read_manifest, sealed_files
+from hf_geglu.hub.sources import fetch_folder
 from hf_geglu.sites import find_sites
 from hf_geglu.skeleton import architecture
 
@@ -59,28 +61,6 @@ class Verification:
         for check in self.checks:
             table.add_row(check.what, f"[{colours[check.outcome]}]{check.outcome}[/]", check.detail)
         return table
-
-
-def fetch_folder(
-    source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, cache: Path | None = None
-) -> Path:
-    """A local folder as it is, or a snapshot of a Hub repository.
-
-    Raises:
-        ManifestError: neither is there.
-    """
-    if os.path.isdir(source):
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, token=token, cache_dir=cache))
-    except (OSError, ValueError) as error:  # HFValidationError is the second
-        reason = str(error).strip().split("\n")[0]
-        raise ManifestError(
-            f"{Path(source).name if Path(source).is_absolute() else source} is neither a folder nor a repository that "
-            f"can be read from the Hub ({reason}); check the name, the network and your login"
-        ) from error
 
 
 def verify_variant(
@@ -127,8 +107,6 @@ def verify_variant(
 
 def _load(folder: Path, manifest: Manifest, base: str | os.PathLike[str] | None) -> Any:
     if manifest.kind == "delta":
-        from hf_geglu.hub.delta import load_delta
-
         return load_delta(None, folder, base=base)
     from transformers import AutoConfig
 
