@@ -1,6 +1,6 @@
 """Converting a checkpoint of about 3 GB file by file, against copying it and against loading and saving it.
 
-    python benchmarks/convert_checkpoint.py [--rounds 5]    # writes benchmarks/results/convert_checkpoint.json
+    python -m benchmarks.convert_checkpoint [--rounds 5]    # writes benchmarks/results/convert_checkpoint.json
 
 Retarget: a Llama-like model in bfloat16 (SwiGLU -> GeGLU; two thirds of an FFN's weights change). Expand: a GPT-2-like
 model in float32 (its output is larger). Every side runs in a process of its own, one after the other, round by round;
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import write
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.records import write
 from hf_geglu.skeleton import skeleton
 
 SHARDS = 4

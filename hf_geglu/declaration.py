@@ -35,7 +35,7 @@ def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], p
         "config": {key: config_entry(config, key) for key in keys},
         "sites": sites,
     }
-    saved = _saved_tripwire(config, base_class, keys)
+    saved = _saved_tripwire(config, base_class, keys, sites)
     if saved is not None:
         geglu["saved"] = {saved: config_entry(config, saved)}
     config.geglu = geglu
@@ -46,7 +46,7 @@ def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], p
     config.__class__ = registered_config_class(base_config)
 
 
-def _saved_tripwire(config: Any, base_class: type, keys: list[str]) -> str | None:
+def _saved_tripwire(config: Any, base_class: type, keys: list[str], sites: list[dict[str, Any]]) -> str | None:
     """The entry that has to stop the plain class, where those that name the activation do not: a class may ignore
     them."""
     if keys and _stopped(config, base_class, dict.fromkeys(keys, TRIPWIRE)):
@@ -55,6 +55,8 @@ def _saved_tripwire(config: Any, base_class: type, keys: list[str]) -> str | Non
     for key in sorted(_numbers(config), key=lambda key: vital.get(key.rpartition(".")[2], len(vital))):
         if _stopped(config, base_class, {key: TRIPWIRE}):
             return key
+    if any(site["up"] is not None for site in sites):
+        return None  # the shapes of a packed projection stop it
     raise PlanError(
         f"{base_class.__name__} can be built whatever its config says, so nothing would keep it from loading the "
         "variant as if it were the base model; choose a variant that its config can name"

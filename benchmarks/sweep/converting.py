@@ -165,6 +165,7 @@ class _Side:
                 "layout": site.layout,
                 "activation": site.activation,
                 "swappable": site.activation_path is not None,
+                "called": site.activation_call is not None,
             }
             for site in found.sites
         ]

@@ -37,6 +37,12 @@ def render(record: Mapping[str, Any]) -> str:
     return "\n".join([*_head(record), *_kinds(rows), *_table(rows), *_shortfalls(rows)]) + "\n"
 
 
+def _where(site: Mapping[str, Any]) -> str:
+    if site.get("called"):
+        return "a call"
+    return "an attribute" if site["swappable"] else "out of reach"
+
+
 def _head(record: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {record[name]}" for name in ("transformers", "torch", "python") if name in record)
     lines = [
@@ -113,7 +119,7 @@ def _kinds(rows: list[Row]) -> list[str]:
     types: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for row in rows:
         for site in row.get("sites", []):
-            key = (site["kind"], site["layout"], "an attribute" if site["swappable"] else "in `forward`")
+            key = (site["kind"], site["layout"], _where(site))
             counts[key] += site.get("count", 1)
             types[key].add(row["type"])
     lines = ["## What was found", "", "| kind | layout | activation is | sites | types |", "|---|---|---|---|---|"]

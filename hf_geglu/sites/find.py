@@ -157,8 +157,8 @@ class _Search:
             probe = self._probes.get((signature, open_paths, "given"))
             if probe is None:
                 stub_sets = list(self._stub_sets(module, open_paths))
-                if len(open_paths) <= 2 * MOST or not stub_sets:
-                    stub_sets.append(())  # with arguments that fit, a block may run as it is
+                if len(within(module)) <= 4 * MOST or not stub_sets:
+                    stub_sets.append(())  # with arguments that fit, a block may run as it is; a whole stage is too much
                 probe = observe(module, stub_sets=stub_sets, mold=self._mold, given=given)
                 self._probes[(signature, open_paths, "given")] = probe
             self._take(module, path, probe.seen)

@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 from hf_geglu.sites.projections import Form, Port, read_port
 from hf_geglu.sites.twin import SMALL
 
+MOST_HELD = 50_000_000
+"""How many numbers a run may leave behind (0.4 GB); a block, however wide, needs a few thousand tokens of it."""
+
 STUB_FORMS = 5
 """How many forms the answer of a stub can take: tensor, then tuples of 2, 1, 3 and 4 that start with it."""
 
@@ -104,6 +107,8 @@ class Trace(TorchFunctionMode):
         self._generator = torch.Generator().manual_seed(1)
         self._taps: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._stacks: dict[int, str] = {}
+        self._widths: set[int] = set()
+        self._held = 0
         self._kept: list[torch.Tensor] = []
 
     def noise(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
@@ -116,6 +121,7 @@ class Trace(TorchFunctionMode):
         """Wrap the projections and the possible activations below `twin`; returns whether it holds any projection."""
         port = read_port(twin)
         if port is not None:
+            self._widths.add(port.d_in)
             twin.__dict__["forward"] = tap = partial(self._tap, twin, path, port)
             weight = twin._parameters.get("weight")
             if weight is not None:
@@ -126,6 +132,7 @@ class Trace(TorchFunctionMode):
         for name, parameter in twin._parameters.items():
             if parameter is not None and parameter.ndim > 1:
                 self._stacks[_storage(parameter)] = _join(path, name)
+                self._widths.update(parameter.shape[-2:])
         holds = [
             self.attach(child, path=_join(path, name)) for name, child in twin._modules.items() if child is not None
         ]
@@ -152,6 +159,11 @@ class Trace(TorchFunctionMode):
             shape = (*x.shape[:-1], port.d_out * (2 if widened else 1))
         self.last_stub = None  # whatever goes wrong from here on is not for the form of its answer
         return self._answer(path, port, x, shape)
+
+    def _hold(self, *tensors: torch.Tensor) -> None:
+        self._held += sum(tensor.numel() for tensor in tensors)
+        if self._held > MOST_HELD:
+            raise ProbeError("too large to be followed as one block")
 
     def _hear(self, function: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
         """Stands for a possible activation: records tensor to tensor, passes everything else on."""
@@ -189,9 +201,15 @@ class Trace(TorchFunctionMode):
             # a copy of some of the matrices; kept, so that no other tensor gets its place in memory
             self._stacks[_storage(answer)] = self._stacks[_storage(args[0])]
             self._kept.append(answer)
-        if self._recording and isinstance(answer, torch.Tensor) and answer.requires_grad:
+        if self._may_enter_a_projection(answer):  # the rest may be large
             self.results.append(answer)
+            self._hold(answer)
         return answer
+
+    def _may_enter_a_projection(self, answer: Any) -> bool:
+        if not self._recording or not isinstance(answer, torch.Tensor) or not answer.requires_grad or not answer.ndim:
+            return False
+        return not self._widths.isdisjoint((answer.shape[-1], answer.shape[min(1, answer.ndim - 1)]))
 
     def _tap_stack(self, path: str, func: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Stands for the product with a parameter, or a part of one, that belongs to no projection module."""
@@ -210,6 +228,7 @@ class Trace(TorchFunctionMode):
         if not self._recording:
             return out
         out.requires_grad_()
+        self._hold(x, out)
         self.calls.append(Call(path, port, x.clone(), out, len(self.results)))
         return out.clone()  # an in-place activation may write into it
 
