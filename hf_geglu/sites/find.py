@@ -52,6 +52,8 @@ class _Search:
         self._probes: dict[Hashable, Probe] = {}
         self._visited: set[int] = set()
         self._sites: list[Site] = []
+        self._ups: set[str] = set()
+        """The up projections of the sites: lists of experts make thousands of them."""
         self._rejected: dict[str, Rejection] = {}
         self._open: list[tuple[Rejection, frozenset[str]]] = []
         self._stacks: list[Stacks] = []
@@ -138,7 +140,8 @@ class _Search:
     def _take(self, module: nn.Module, path: str, shown: Iterable[Seen]) -> None:
         """The sites that a probe showed, but for those of a block that ran inside this one."""
         for site in (as_site(module, path, seen) for seen in shown):
-            if site.up not in {known.up for known in self._sites}:
+            if site.up not in self._ups:
+                self._ups.add(site.up)
                 self._sites.append(site)
 
     def _run_as_the_model_does(self) -> None:
