@@ -4,7 +4,8 @@
 
 Retarget: a Llama-like model in bfloat16 (SwiGLU -> GeGLU; two thirds of an FFN's weights change). Expand: a GPT-2-like
 model in float32 (its output is larger). Every side runs in a process of its own, one after the other, round by round;
-times are of the work itself (no side's imports count), taken after the disk has caught up. Needs 15 GB of disk.
+times are of the work itself (imports do not count, the modelling file neither), taken after the disk has caught up.
+Needs 15 GB of disk.
 """
 
 from __future__ import annotations
@@ -48,16 +49,18 @@ RUN = """
 import os, sys, time
 kind, source, target = sys.argv[1:]
 import torch
+if kind in ("convert", "load and save"):
+    import json, transformers
+    with open(os.path.join(source, "config.json")) as file:
+        getattr(transformers, json.load(file)["architectures"][0])  # imports the modelling file, which both sides need
+    transformers.logging.set_verbosity_error()
 if kind == "import torch":
     seconds = 0.0
 elif kind == "convert":
-    import hf_geglu, transformers
     from hf_geglu.checkpoint import convert_checkpoint
-    transformers.logging.set_verbosity_error()
     start = time.perf_counter()
     convert_checkpoint(source, target, max_shard_size="1GB")
 elif kind == "load and save":
-    import transformers
     transformers.logging.disable_progress_bar()
     start = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_geglu.conversions import SCALINGS, expand, find_scaling, retarget
+from hf_geglu.conversions.precision import product, rounded, scaled
 from hf_geglu.conversions.scaling import LOGISTIC, SHARPNESS
 from hf_geglu.errors import ConversionError, WeightsError
 from hf_geglu.functional import activation, split_packed
@@ -134,3 +135,18 @@ def test_lossy_pairs_are_refused(source, gate):
 def test_overflow_is_an_error():
     with pytest.raises(WeightsError, match=r"65504|6\.55e"):
         expand(torch.full((2, 2), 1e3, dtype=torch.float16), SCALINGS["relu", "gelu"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [LOGISTIC, 1 / LOGISTIC, SHARPNESS, 1 / SHARPNESS, 1 / 3, 0.0])
+def test_a_product_in_one_pass_has_the_bits_of_the_widened_one(dtype, factor):
+    weight = torch.randn(70_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(product(weight, factor), rounded(scaled(weight, factor), dtype))
+
+
+def test_a_sum_that_overflows_does_not_accuse_finite_weights():
+    weight = torch.full((8,), 3e38)
+    assert torch.equal(product(weight, 1.0), weight)
+    weight[3] = float("inf")
+    with pytest.raises(WeightsError, match=r"not finite in torch\.float32"):
+        product(weight, 1.0)

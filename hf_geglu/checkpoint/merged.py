@@ -18,7 +18,7 @@ from hf_geglu.checkpoint.layout import Change
 from hf_geglu.checkpoint.rules import Arrival
 from hf_geglu.checkpoint.stored import Stored
 from hf_geglu.conversions import Rewrite
-from hf_geglu.conversions.precision import rounded, scaled
+from hf_geglu.conversions.precision import product
 from hf_geglu.errors import PlanError, WeightsError
 
 
@@ -55,7 +55,7 @@ class Merged:
         if not torch.isin(marked, torch.arange(len(self.parts), dtype=torch.float64)).all() or len(own) != 1:
             raise self._impossible(rewrite.name, "the branches lie mixed in them")
         factor = own.item()
-        return None if factor == 1.0 else Change(partial(_times, factor=factor), None)
+        return None if factor == 1.0 else Change(partial(product, factor=factor), None)
 
     def _impossible(self, parameter: str, why: str) -> PlanError:
         return PlanError(
@@ -63,10 +63,6 @@ class Merged:
             f"{why}, so they cannot be converted one by one. Convert in memory instead: "
             "hf_geglu.from_pretrained(...), then save_pretrained; or leave the layer out with `layers=`"
         )
-
-
-def _times(tensor: torch.Tensor, *, factor: float) -> torch.Tensor:
-    return rounded(scaled(tensor, factor), tensor.dtype)
 
 
 def merges(model: Any, stored: Sequence[Stored], goes: Mapping[str, Arrival]) -> tuple[Merged, ...]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from hf_geglu.conversions.precision import rounded, scaled
+from hf_geglu.conversions.precision import product
 from hf_geglu.conversions.scaling import Scaling
 from hf_geglu.errors import ConversionError
 from hf_geglu.functional import split_packed
@@ -34,7 +34,7 @@ def retarget(parameter: torch.Tensor, branch: Literal["gate", "value"], scaling:
             f"{scaling.source} -> {scaling.gate} writes the gate's input into the value branch, but a gated block uses "
             "its value branch; expected a scaling with alpha = 0"
         )
-    return rounded(scaled(parameter, scaling.a if branch == "gate" else scaling.beta), parameter.dtype)
+    return product(parameter, scaling.a if branch == "gate" else scaling.beta)
 
 
 def retarget_packed(
