@@ -212,6 +212,24 @@ def test_verified_by_running_the_model(tmp_path):
     assert manifest.weights == fingerprint(model) == manifest.provenance.step0
 
 
+@pytest.mark.parametrize("free", ["plenty", "little"])
+def test_auto_runs_the_model_where_memory_is_free(tmp_path, monkeypatch, free):
+    base, _ = _base(tmp_path, "bert")
+    from hf_geglu.checkpoint import proof
+
+    needed = []
+    measure = proof.needed_to_run
+    monkeypatch.setattr(proof, "needed_to_run", lambda model, dtype: needed.append(measure(model, dtype)) or needed[0])
+    monkeypatch.setattr(proof, "free_memory", lambda: needed[0] - (free == "little"))
+    done = convert_checkpoint(base, tmp_path / "out", verify="auto", papers=True)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert size < needed[0] < 2 * size
+    assert bool(done.report.comparisons) == (free == "plenty")
+    assert (tmp_path / "out" / "geglu" / "golden.safetensors").is_file() == (free == "plenty")
+    assert ("the whole model was not run" in done.report.note) == (free == "little")
+    assert done.report.sites
+
+
 def test_papers_without_the_model(tmp_path):
     base, _ = _base(tmp_path, "llama")
     convert_checkpoint(base, tmp_path / "out", papers=True, command=["hf-geglu", "convert", "base", "out"])

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -109,14 +109,15 @@ def convert_checkpoint(
         sites: named by hand, for an architecture that the search does not understand; see `find_sites`.
         dtype: as in ``from_pretrained``: "auto" is the one that the config names.
         verify: "sites" checks every converted block of the written files in float64; "model" also runs the original and
-            the variant, one after the other, and needs memory for one of them; "none" does neither.
+            the variant, one after the other, and needs memory for one of them; "auto" does so where that much is free;
+            "none" does neither.
         model_class: a model class or Auto class to open the checkpoint as; None for the one that its config names.
         max_shard_size: largest weights file, in bytes or as "5GB".
         overwrite: replace what `target` holds, once the new folder is complete.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the modelling code of the checkpoint.
         papers: write manifest and model card, too (see `hf_geglu.hub.papers`); this reads every file again, for its
-            SHA-256. With verify="model" golden outputs are among them.
+            SHA-256. Where the whole model was run, golden outputs are among them.
         command: words of the command that made it, for the papers.
         progress: called with (bytes done, bytes in all).
 
@@ -130,8 +131,8 @@ def convert_checkpoint(
         OutputError: `target` must not be written, or there is no room.
         HfGegluError: any other of the tree in `hf_geglu.errors`.
     """
-    if verify not in ("model", "sites", "none"):
-        raise PlanError(f"verify={verify!r}; expected 'model', 'sites' or 'none'")
+    if verify not in get_args(Verify):
+        raise PlanError(f"verify={verify!r}; expected one of {', '.join(get_args(Verify))}")
     place = Path(target)
     if not left_to_tidy(place):
         check_output(place, overwrite=overwrite)

@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_geglu.checkpoint.blueprint import Blueprint
 from hf_geglu.checkpoint.layout import Shard
+from hf_geglu.checkpoint.memory import free_memory, needed_to_run
 from hf_geglu.checkpoint.stored import Stored, span
 from hf_geglu.converting import compare_run, first_run, noise_of
 from hf_geglu.distance import cast
@@ -26,7 +27,7 @@ from hf_geglu.sites.weights import bias_name, is_stack, output_dim, weight_name
 from hf_geglu.surgery import Undo
 from hf_geglu.verify import Report, SiteCheck, check_exactness, check_sites, check_values
 
-Verify = Literal["model", "sites", "none"]
+Verify = Literal["auto", "model", "sites", "none"]
 
 NEURONS = 128
 """How many neurons of a block are compared; a model in memory affords more."""
@@ -67,7 +68,7 @@ def prove(drawn: Blueprint, files: Files, verify: Verify) -> Proof:
     """Measure as much as was asked for.
 
     "sites" reads the rows of the neurons that are checked. "model" also loads the original, then the variant, and runs
-    both; it needs memory for one of them at a time.
+    both; it needs memory for one of them at a time. "auto" is "model" where that much memory is free.
 
     Raises:
         VerificationError: the plan's promise is not kept.
@@ -88,9 +89,22 @@ def prove(drawn: Blueprint, files: Files, verify: Verify) -> Proof:
     if verify == "none" or not plan.converted:
         return Proof(report=report if report.note else replace(report, note="not verified (verify='none')"))
     whole = [entry for entry in plan.converted if _is_whole(entry, drawn)]
-    note = "" if len(whole) == len(plan.converted) else "blocks that are stored in parts were not checked one by one"
-    report = replace(report, sites=tuple(_check_site(entry, drawn, files) for entry in whole), note=note)
+    notes = [] if len(whole) == len(plan.converted) else ["blocks that are stored in parts were not checked one by one"]
+    if verify == "auto":
+        needed, free = needed_to_run(drawn.variant, _dtype(drawn)), free_memory()
+        verify = "model" if needed <= free else "sites"
+        if verify == "sites":
+            notes.append(
+                f"the whole model was not run, which takes about {needed:,} bytes of memory; {free:,} are free"
+            )
+    sites = tuple(_check_site(entry, drawn, files) for entry in whole)
+    report = replace(report, sites=sites, note="; ".join(notes))
     return Proof(report=report) if verify == "sites" else _with_model(report, drawn, files)
+
+
+def _dtype(drawn: Blueprint) -> torch.dtype:
+    config: Any = drawn.base.config
+    return config.dtype or torch.float32
 
 
 def _is_whole(entry: SitePlan, drawn: Blueprint) -> bool:
@@ -163,13 +177,12 @@ def sample(stored: Stored, projection: Projection, dim: int, positions_N: torch.
 
 
 def _with_model(report: Report, drawn: Blueprint, files: Files) -> Proof:
-    config: Any = drawn.base.config
-    original = _load(type(drawn.base), files.source, config.dtype)
+    original = _load(type(drawn.base), files.source, _dtype(drawn))
     before, inputs, note = first_run(original, None)
     base = fingerprint(original)
     del original
     gc.collect()
-    variant = _load(type(drawn.variant), files.written, config.dtype)
+    variant = _load(type(drawn.variant), files.written, _dtype(drawn))
     if inputs is None:
         note = "; ".join(filter(None, [report.note, note]))
         return Proof(report=replace(report, note=note), variant=variant, base=base)

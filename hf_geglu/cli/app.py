@@ -79,12 +79,12 @@ def convert(
     gelu: Gelu = "owner",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the checkpoint was saved.")] = "auto",
     verify: Annotated[
-        Literal["sites", "model", "none"],
+        Literal["auto", "model", "sites", "none"],
         typer.Option(
             help="sites: every converted block of the written files, in float64. model: run the whole model before and "
-            "after, too, and keep golden outputs; needs memory for it."
+            "after, too, and keep golden outputs; needs memory for it. auto: model where that much memory is free."
         ),
-    ] = "sites",
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
     sites: Sites = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT_DIR holds.")] = False,
