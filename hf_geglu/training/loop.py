@@ -29,6 +29,7 @@ from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.trainable import choose_trainable, value_masks
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,9 @@ def train(
         cleanup.enter_context(_gradient_checkpointing(model, settings))
         _cast(model, settings)
         model.to(accelerator.device)
-        optimizer = make_optimizer(model, settings)
+        trained = choose_trainable(model, settings.trainable)
+        cleanup.enter_context(trained.only(model))
+        optimizer = make_optimizer(model, settings, values=trained.values or _values_of(model, settings))
         scheduler = make_scheduler(optimizer, settings, total_steps=total)
         _seed(settings.seed + int(accelerator.process_index))
         state = TrainingState(
@@ -189,6 +192,23 @@ def train(
                 checkpoints.save(state, progress, accelerator)
         evaluate_now(total)
     return TrainResult(tuple(progress.steps), tuple(progress.evals))
+
+
+def _values_of(model: nn.Module, settings: TrainSettings) -> dict[str, torch.Tensor]:
+    """Where the value branches of packed projections lie, if they have a learning rate of their own.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    if settings.value_learning_rate is None:
+        return {}
+    masks = value_masks(model)
+    if not masks:
+        raise ConfigurationError(
+            f"--value_learning_rate {settings.value_learning_rate:g}: {type(model).__name__} has no packed gated "
+            "block, such as --convert makes of a dense one. Leave it out."
+        )
+    return masks
 
 
 def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any) -> tuple[float, int, int]:

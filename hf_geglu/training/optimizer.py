@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,28 +23,90 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> AdamW:
-    """AdamW over the trainable parameters of `model`, in a group that decays and one that does not.
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter belongs to: the first number in its name; None outside the layers."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def rate_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied by: ``decay`` to the number of layers above it.
+
+    The last layer and all that comes after it have 1, the embeddings the smallest (ULMFiT, arXiv:1801.06146, section
+    3.2; the form of ELECTRA and BEiT).
+    """
+    names = [name for name, _ in model.named_parameters()]
+    layers = [layer for name in names if (layer := layer_of(name)) is not None]
+    depth = max(layers, default=-1) + 1
+    seen_layers, factors = False, {}
+    for name in names:
+        layer = layer_of(name)
+        seen_layers |= layer is not None
+        above = depth - 1 - layer if layer is not None else 0 if seen_layers else depth
+        factors[name] = decay**above
+    return factors
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings, *, values: Mapping[str, Tensor] | None = None) -> AdamW:
+    """AdamW over the trainable parameters of `model`: matrices decay, biases and norms do not.
+
+    Args:
+        model: with what is not to be trained frozen.
+        settings: learning rates, decays, moments.
+        values: masks of the value branches of packed parameters (see `trainable`). With
+            `settings.value_learning_rate` that part of their update is scaled after each step; with
+            `settings.trainable` "value" they do not decay.
 
     Raises:
         TrainingError: every parameter is frozen.
     """
+    values = values or {}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise TrainingError("a model without trainable parameters: expected at least one. Unfreeze some.")
-    decayed = [p for name, p in trainable if decays(name, p)]
-    spared = [p for name, p in trainable if not decays(name, p)]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return AdamW(
-        [group for group in groups if group["params"]],
+    factors = rate_factors(model, settings.layerwise_lr_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        decayed = decays(name, parameter) and not (settings.trainable == "value" and name in values)
+        groups.setdefault((factors[name], decayed), []).append(parameter)
+    optimizer = AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+                "lr": settings.learning_rate * factor,
+            }
+            for (factor, decayed), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        ],
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         fused=all(p.is_cuda for _, p in trainable),
     )
+    if settings.value_learning_rate is not None and settings.learning_rate:
+        ratio = settings.value_learning_rate / settings.learning_rate
+        _scale_updates(optimizer, {p: values[name] for name, p in trainable if name in values}, ratio)
+    return optimizer
+
+
+def _scale_updates(optimizer: AdamW, masks: Mapping[nn.Parameter, Tensor], ratio: float) -> None:
+    """After each step, multiply what it changed where the masks are 1.
+
+    Scaling a gradient would not do it: Adam divides it out again.
+    """
+    before: dict[nn.Parameter, Tensor] = {}
+    placed = {parameter: mask.to(parameter.device, parameter.dtype) for parameter, mask in masks.items()}
+
+    def remember(*_: Any) -> None:
+        before.update({parameter: parameter.detach().clone() for parameter in placed})
+
+    def scale(*_: Any) -> None:
+        with torch.no_grad():
+            for parameter, mask in placed.items():
+                parameter.lerp_(before.pop(parameter), mask * (1.0 - ratio))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(scale)
 
 
 def make_scheduler(optimizer: AdamW, settings: TrainSettings, *, total_steps: int) -> LambdaLR:

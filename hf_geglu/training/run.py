@@ -31,6 +31,7 @@ from hf_geglu.training.output import RunFolder, check_output
 from hf_geglu.training.packing import TokenBlocks
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import ModelSettings, RunSettings, TrainSettings
+from hf_geglu.training.trainable import choose_trainable
 
 DEFAULT_BLOCK_SIZE = 1024
 ConvertFn = Callable[[Any], Any]
@@ -145,6 +146,8 @@ def finetune(
     model = _load_model(model_settings, task, settings.train.dtype)
     _check_vocabulary(model, corpus)
     report = None
+    if model_settings.control:  # trains the same part, which it must have; said before anything is trained
+        choose_trainable(model, settings.train.trainable)
     if model_settings.convert:
         report = (convert_fn or _converter(model_settings))(model)
         _tell(accelerator, str(report))

@@ -69,6 +69,17 @@ class TrainSettings:
     )
     learning_rate: float = _flag(5e-5, "peak learning rate of AdamW")
     weight_decay: float = _flag(0.0, "decoupled weight decay on matrices (never on biases and norms)", off="0")
+    trainable: Literal["all", "ffn", "value"] = _flag(
+        "all",
+        "what is trained: the whole model, its FFN blocks, or only the value branches of the gated ones",
+        aliases=("train",),
+    )
+    value_learning_rate: float | None = _flag(
+        None, "peak learning rate of the value half of packed projections, where it is to be another"
+    )
+    layerwise_lr_decay: float = _flag(
+        1.0, "learning rate of each layer over that of the layer above it", unit="0..1", off="1"
+    )
     lr_scheduler_type: SchedulerName = _flag("linear", "shape of the learning rate over the run")
     lr_scheduler_kwargs: str | None = _flag(None, "more for the schedule, as JSON: '{\"min_lr\": 1e-6}'")
     warmup_steps: float = _flag(0.0, "steps of linear warm-up; below 1 a share of all steps", unit="steps", off="0")
@@ -112,6 +123,18 @@ class TrainSettings:
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "0 or more", "0 switches it off.")
         for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
             _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "0 <= value < 1", "Give a share.")
+        _require(
+            0 < self.layerwise_lr_decay <= 1,
+            f"layerwise_lr_decay={self.layerwise_lr_decay:g}",
+            "more than 0, at most 1",
+            "0.9 is usual.",
+        )
+        _require(
+            self.value_learning_rate is None or (self.value_learning_rate >= 0 and self.learning_rate > 0),
+            f"value_learning_rate={self.value_learning_rate} and learning_rate={self.learning_rate:g}",
+            "0 or more, beside a learning rate of the rest",
+            "To train nothing but the value branch: --train value.",
+        )
         _require(
             self.max_steps == -1 or self.max_steps >= 1,
             f"max_steps={self.max_steps}",
