@@ -18,7 +18,7 @@ from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.provenance import Provenance, base_of, forget, remember
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites
-from hf_geglu.surgery import apply, revert
+from hf_geglu.surgery import Fits, apply, revert
 from hf_geglu.verify import Report, check_exactness, check_sites, check_values
 
 Verify = Literal["model", "sites"]
@@ -30,6 +30,7 @@ def convert(
     model: nn.Module,
     plan: Plan | None = None,
     *,
+    fits: Fits | None = None,
     variant: str = "geglu",
     layers: Layers = None,
     gelu: GeluForm = "owner",
@@ -45,6 +46,7 @@ def convert(
     Args:
         model: a transformers model with its weights, or any module whose FFN blocks `find_sites` sees.
         plan: from `make_plan`; the arguments `variant`, `layers` and `gelu` make one otherwise.
+        fits: the tensors that belong to a plan whose sites were fitted.
         variant: see `make_plan`.
         layers: see `make_plan`.
         gelu: see `make_plan`.
@@ -69,7 +71,7 @@ def convert(
     if verify == "model" and plan.converted:
         before, inputs, note = first_run(model, inputs)
     base = base_of(getattr(model, "config", None), fingerprint(model)) if plan.converted else None
-    undo = apply(model, plan)
+    undo = apply(model, plan, fits)
     try:
         checks = check_sites(model, undo)
         comparisons = tuple(

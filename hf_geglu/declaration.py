@@ -86,7 +86,7 @@ def site_entry(entry: SitePlan, model: nn.Module) -> dict[str, Any]:
         "up": site.up if expands else None,
         "activation": site.activation_path,
         "gate": None if entry.keeps_activation else entry.scaling.gate,
-        "width": site.width,
+        "width": entry.width,
     }
     if site.activation_call is not None:
         recorded["call"] = site.activation_call

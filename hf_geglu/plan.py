@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hf_geglu.choice import CalibrationRecord, FitRecord
 from hf_geglu.conversions import Scaling, find_scaling, scale_at_run_time
 from hf_geglu.cost import Cost, cost, cost_after
 from hf_geglu.errors import ConversionError, NoSitesError, PlanError
@@ -42,6 +43,28 @@ class SitePlan:
     scaling: Scaling
     before: Cost
     after: Cost
+    fit: FitRecord | None = None
+    """Where the numbers were fitted to activations rather than taken from `scaling`, which then says from which
+    activation to which gate only."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the difference is rounding."""
+        return self.fit is None and self.scaling.exact
+
+    @property
+    def width(self) -> int:
+        """F after the conversion."""
+        return self.site.width if self.fit is None or self.fit.width is None else self.fit.width
+
+    @property
+    def error(self) -> str:
+        """How far the converted block is from the original, in words: a bound, or what was measured."""
+        if self.fit is not None:
+            return str(self.fit)
+        if self.scaling.exact:
+            return "exact"
+        return f"|error| <= {self.scaling.max_error:.1e}, rms {self.scaling.rms_error:.1e}"
 
     @property
     def keeps_activation(self) -> bool:
@@ -79,12 +102,14 @@ class Plan:
     unselected: tuple[Untouched, ...] = ()
     total_parameters: int
     """Of the whole model before the conversion."""
+    calibration: CalibrationRecord | None = None
+    """The data behind the fits of its sites."""
     schema: int = field(default=SCHEMA)
 
     @property
     def exact(self) -> bool:
         """Whether every conversion is exact: the difference is rounding."""
-        return all(site.scaling.exact for site in self.sites)
+        return all(site.exact for site in self.sites)
 
     @property
     def converted(self) -> tuple[SitePlan, ...]:
@@ -128,6 +153,7 @@ class Plan:
                     "sites": tuple(_site_plan(site) for site in data["sites"]),
                     "refused": tuple(Untouched(**entry) for entry in data["refused"]),
                     "unselected": tuple(Untouched(**entry) for entry in data["unselected"]),
+                    "calibration": CalibrationRecord.from_dict(data.get("calibration")),
                 }
             )
         except (TypeError, KeyError) as error:
@@ -145,6 +171,7 @@ def _site_plan(data: dict[str, Any]) -> SitePlan:
             "scaling": Scaling(**data["scaling"]),
             "before": Cost(**data["before"]),
             "after": Cost(**data["after"]),
+            "fit": FitRecord.from_dict(data.get("fit")),
         }
     )
 
@@ -327,13 +354,14 @@ def _lines(plan: Plan) -> list[str]:
         f"  FFN FLOPs   {before.flops_per_token:,} -> {after.flops_per_token:,} per token",
         f"  FFN memory  {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights",
     ]
+    if plan.calibration is not None:
+        lines.append(f"  calibrated  {plan.calibration}")
     lines += [f"  config      {key} = {value!r}" for key, value in plan.config_changes.items()]
     for entry in plan.sites:
-        site, scaling = entry.site, entry.scaling
-        error = "exact" if scaling.exact else f"|error| <= {scaling.max_error:.1e}, rms {scaling.rms_error:.1e}"
+        site = entry.site
         lines.append(
             f"  {site.up}: {entry.conversion}, {site.layout} {site.activation} -> {entry.variant}, "
-            f"{site.d_in} x {site.width} x {site.d_out}, {error}"
+            f"{site.d_in} x {entry.width} x {site.d_out}, {entry.error}"
         )
     lines += [f"  {entry.path}: refused, {entry.reason}" for entry in plan.refused]
     lines += [f"  {entry.path}: left as it is, {entry.reason}" for entry in plan.unselected]

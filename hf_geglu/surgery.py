@@ -7,7 +7,7 @@ this one is not touched: a converted model gets a config of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_geglu.conversions import rewrites, scale_at_run_time
+from hf_geglu.conversions import Coefficients, Line, NewWeights, rewrites, scale_at_run_time
 from hf_geglu.declaration import declare_config, site_entry, unit_settings
 from hf_geglu.errors import PlanError, SurgeryError, WeightsError
 from hf_geglu.modeling_geglu import (
@@ -34,12 +34,16 @@ from hf_geglu.sites.weights import is_stack, parameters_of, weight_name
 
 _UNDO = "_hf_geglu_undo"
 
+Fits = Mapping[str, Coefficients | NewWeights]
+"""What a plan's fits are made of, by the `up` of their sites."""
+
 
 @dataclass(slots=True)
 class Undo:
     """How to put a model back, and what its sites were made of before, for the verification."""
 
     plan: Plan
+    fits: Fits = field(default_factory=dict)
     steps: list[Callable[[], None]] = field(default_factory=list)
     parameters: dict[str, nn.Parameter | None] = field(default_factory=dict)
     """The original of every parameter that changed, by name; None for one that was not there."""
@@ -47,6 +51,10 @@ class Undo:
     """The original activation of every site, by its `up`."""
     originals: dict[str, Any] = field(default_factory=dict)
     installed: dict[str, tuple[bool, str]] = field(default_factory=dict)
+
+    def line(self, entry: SitePlan) -> Line:
+        """What was folded into a site: its fit, or the row of the table that the plan names."""
+        return self.fits.get(entry.site.up, entry.scaling)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copied or pickled model comes without its originals: the steps would undo this one, not the copy."""
@@ -63,16 +71,22 @@ def applied(model: nn.Module) -> Undo | None:
     return model.__dict__.get(_UNDO)
 
 
-def apply(model: nn.Module, plan: Plan) -> Undo:
+def apply(model: nn.Module, plan: Plan, fits: Fits | None = None) -> Undo:
     """Carry out `plan` on `model`, in place. An error half way leaves the original model.
+
+    Args:
+        model: that the plan was made for.
+        plan: what to do.
+        fits: the numbers of those sites whose plan has a `fit`.
 
     Raises:
         SurgeryError: the model is converted already, or has no weights (meta device).
-        PlanError: the plan was made for another model, or refuses a selected site.
+        PlanError: the plan was made for another model, or refuses a selected site, or fits are missing.
         WeightsError: NaN or infinite weights.
     """
     _check(model, plan)
-    undo = Undo(plan=plan)
+    check_fits(plan, fits or {})
+    undo = Undo(plan=plan, fits=fits or {})
     try:
         for entry in plan.converted:
             _expose_activation(model, entry.site, undo)
@@ -148,15 +162,32 @@ def _check(model: nn.Module, plan: Plan) -> None:
             )
 
 
+def check_fits(plan: Plan, fits: Fits) -> None:
+    """Raise PlanError unless every fitted site of the plan has its tensors, and no other site has any."""
+    wanted = {entry.site.up: entry for entry in plan.converted if entry.fit is not None}
+    missing = [path for path in wanted if path not in fits]
+    if missing:
+        raise PlanError(
+            f"{len(missing)} sites of this plan were fitted to calibration data, {missing[0]} first, and a plan holds "
+            "no tensors; hand in the fits that belong to it (a saved variant keeps them beside its manifest), or "
+            "calibrate again: convert(model, calibration=...)"
+        )
+    for path, fit in fits.items():
+        if path not in wanted:
+            raise PlanError(f"there is a fit for {path}, which the plan converts without one; expected one plan's fits")
+        if (fit.width or wanted[path].site.width) != wanted[path].width:
+            raise PlanError(f"the fit of {path} has {fit.width} neurons, the plan says {wanted[path].width}")
+
+
 def _rewrite_parameters(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
     """New parameters for one site, each computed by its pure function."""
     site = entry.site
-    parameters = parameters_of(model, site)
+    parameters = parameters_of(model, site, down=True)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    changes = rewrites(site, entry.scaling, shapes)
+    changes = rewrites(site, undo.line(entry), shapes)
     if entry.conversion == "expand" and not is_stack(site.projection):
         up = model.get_submodule(site.up)
-        _replace(model, site.up, widen(up, site.width), undo)
+        _replace(model, site.up, widen(up, entry.width), undo)
     weight = parameters[weight_name(site.up, site.projection)]
     for change in changes:
         old = parameters.get(change.name)

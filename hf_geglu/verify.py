@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.conversions import Scaling, branch_outputs, value_offset
+from hf_geglu.conversions import Coefficients, NewWeights, Scaling, branch_outputs, value_offset
 from hf_geglu.distance import Comparison, Outputs, comparison, outputs_of
 from hf_geglu.errors import VerificationError
 from hf_geglu.inputs import Inputs
@@ -102,21 +102,43 @@ class Report:
 def check_sites(model: nn.Module, undo: Undo) -> tuple[SiteCheck, ...]:
     """Compare every converted site with what it was, in float64 on random neurons and inputs.
 
+    A site that was fitted has no bound over all inputs: its neurons are compared with the fitted line, up to rounding,
+    and how far that is from the original the plan says, as it was measured on the calibration's held-out part.
+
     Raises:
         VerificationError: a neuron differs by more than its scaling's bound and the rounding of the weights explain.
     """
     generator = torch.Generator().manual_seed(0)
     checks = []
     for entry in undo.plan.converted:
+        line = undo.line(entry)
+        if isinstance(line, NewWeights):
+            checks.append(_check_replaced(model, entry.site, line))
+            continue
         check, within = _check_site(model, entry, undo, generator)
         if not within:
-            promised = "exact" if entry.scaling.exact else f"within {entry.scaling.max_error:.2g}"
+            promised = "exact" if entry.exact else f"within {entry.scaling.max_error:.2g}"
+            if entry.fit is not None:
+                promised = "what was fitted"
             raise VerificationError(
                 f"{check.path} was planned to be {promised}, but a neuron differs by {check.max_abs:.3g} where "
                 f"{check.allowed:.3g} is allowed; the model was put back. Please report this with the model's name"
             )
         checks.append(check)
     return tuple(checks)
+
+
+def _check_replaced(model: nn.Module, site: Site, new: NewWeights) -> SiteCheck:
+    """New weights are compared number by number: they are what they were found to be, up to the dtype's rounding."""
+    for name, tensor in new.parameters(site).items():
+        held = model.get_parameter(name)
+        difference = (held.detach() - tensor.reshape(held.shape).to(held)).abs().max().item()
+        if difference != 0.0:
+            raise VerificationError(
+                f"{name} differs by {difference:.3g} from what was fitted; the model was put back. Please report this "
+                "with the model's name"
+            )
+    return SiteCheck(path=site.up, max_abs=0.0, allowed=0.0, rms=0.0)
 
 
 def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.Generator) -> tuple[SiteCheck, bool]:
@@ -136,12 +158,22 @@ def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.
     act_before, act_after = undo.activations[site.up], _installed_gate(model, entry)
     z = _apply(x_D, old_gate).clamp(max=high)
     value = 1.0 if old_value is None else _apply(x_D, old_value).clamp(-high, high) + site.value_offset
-    before = act_before(z) * value
+    fit = undo.line(entry)
+    if isinstance(fit, Coefficients):
+        of = fit.of_neurons(neurons, experts)
+        scaled_value = value * of.beta if site.gated else of.alpha * z + of.beta
+        before = act_after(of.a * z + of.b) * scaled_value
+        slope = torch.as_tensor(of.a).abs() * torch.as_tensor(of.beta).abs() + torch.as_tensor(of.b).abs() + 1.0
+        # no error of its own; a value branch that reads the gate's input rounds with it
+        rounding = Scaling("linear", "linear", alpha=0.0 if fit.fits_gated else 1.0)
+        allowed = _allowed(x_D, old_gate, old_value, before, scaled_value, rounding, _dtype(model, site)) * (1 + slope)
+    else:
+        before = act_before(z) * value
+        allowed = _allowed(x_D, old_gate, old_value, before, value, scaling, _dtype(model, site))
     new_z, new_v = _apply(x_D, new_gate).clamp(max=high), _apply(x_D, new_value).clamp(-high, high)
     after = act_after(new_z) * (new_v + value_offset(site, scaling))
 
     difference = (after - before).abs()
-    allowed = _allowed(x_D, old_gate, old_value, before, value, scaling, _dtype(model, site))
     worst = int((difference - allowed).argmax())
     check = SiteCheck(
         path=site.up,

@@ -391,8 +391,8 @@ def test_an_exact_plan_that_is_not_exact_is_caught(monkeypatch):
     """A wrong formula in the surgery: the value branch starts at 1.001 instead of 1."""
     from hf_geglu.conversions import expand, rewrite
 
-    def wrong(parameter, scaling, *, constant=0.0, **options):
-        return expand(parameter, scaling, constant=1.001 * constant, **options)
+    def wrong(parameter, line, *, constant=0.0, **options):
+        return expand(parameter, line, constant=1.001 * constant, **options)
 
     monkeypatch.setattr(rewrite, "expand", wrong)
     _refused(tiny("bert"), VerificationError, "planned to be exact")

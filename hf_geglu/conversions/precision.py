@@ -6,17 +6,56 @@ import torch
 
 from hf_geglu.errors import WeightsError
 
+Factor = float | torch.Tensor
+"""One number for every output of a projection, or one for each: (F,), of stacked experts (E, F)."""
 
-def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """``factor * tensor`` in float32, or float64 for a float64 tensor. Same shape."""
+
+def scaled(tensor: torch.Tensor, factor: Factor, dim: int = 0) -> torch.Tensor:
+    """``factor * tensor`` in float32, or float64 for a float64 tensor. Same shape.
+
+    Args:
+        tensor: a weight or a bias.
+        factor: a number, or one for each output.
+        dim: the dimension of `tensor` that counts outputs.
+    """
     wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    if isinstance(factor, torch.Tensor):
+        return wide * along(factor, wide, dim)
     # a plain zero: 0 * w would leave -0.0, or NaN where w is not finite
     return torch.zeros_like(wide) if factor == 0.0 else wide * factor
 
 
-def product(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """``rounded(scaled(tensor, factor), tensor.dtype)`` in one pass: torch multiplies 16-bit numbers by a Python number
-    in float32 and rounds once. Raises WeightsError as `rounded` does."""
+def along(factor: Factor, tensor: torch.Tensor, dim: int) -> Factor:
+    """A factor for each output in the shape that multiplies `tensor` along `dim`.
+
+    Of stacked experts, (E, F) meets (E, F), (E, F, D) or (E, D, F), or (E F, D) where their rows lie one after the
+    other.
+    """
+    if not isinstance(factor, torch.Tensor):
+        return factor
+    factor = factor.to(tensor)
+    dim %= tensor.ndim
+    shape = [1] * tensor.ndim
+    if factor.ndim == 2 and dim > 0:
+        shape[0] = factor.shape[0]
+        shape[dim] = factor.shape[1]
+        return factor.reshape(shape)
+    shape[dim] = factor.numel()
+    return factor.reshape(shape)
+
+
+def shifted(tensor: torch.Tensor, constant: Factor, dim: int = 0) -> torch.Tensor:
+    """``tensor + constant`` along `dim`; untouched by a plain zero, which would turn -0.0 into 0.0."""
+    return (
+        tensor if not isinstance(constant, torch.Tensor) and constant == 0.0 else tensor + along(constant, tensor, dim)
+    )
+
+
+def product(tensor: torch.Tensor, factor: Factor, dim: int = 0) -> torch.Tensor:
+    """``rounded(scaled(tensor, factor, dim), tensor.dtype)``; for a number in one pass: torch multiplies 16-bit numbers
+    by a Python number in float32 and rounds once. Raises WeightsError as `rounded` does."""
+    if isinstance(factor, torch.Tensor):
+        return rounded(scaled(tensor, factor, dim), tensor.dtype)
     if factor == 0.0:
         return torch.zeros_like(tensor)
     result = tensor.detach() * factor

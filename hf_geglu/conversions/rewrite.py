@@ -12,9 +12,13 @@ from typing import Literal
 
 import torch
 
+from hf_geglu.conversions.coefficients import Coefficients
 from hf_geglu.conversions.expand import expand
+from hf_geglu.conversions.precision import Factor, rounded, scaled
+from hf_geglu.conversions.replacement import NewWeights
 from hf_geglu.conversions.retarget import retarget, retarget_packed
 from hf_geglu.conversions.scaling import Scaling
+from hf_geglu.errors import ConversionError
 from hf_geglu.functional import split_packed
 from hf_geglu.sites import Site
 from hf_geglu.sites.weights import bias_name, is_stack, output_dim, weight_name
@@ -40,20 +44,28 @@ class Rewrite:
     elementwise."""
 
 
-def rewrites(site: Site, scaling: Scaling, shapes: Mapping[str, Shape]) -> tuple[Rewrite, ...]:
+Line = Scaling | Coefficients | NewWeights
+"""What a conversion folds into a block: the same numbers for every neuron, numbers of each its own, or new weights."""
+
+
+def rewrites(site: Site, line: Line, shapes: Mapping[str, Shape]) -> tuple[Rewrite, ...]:
     """The parameters that converting a block changes; those it leaves as they are have no entry.
 
     Args:
         site: the block.
-        scaling: the line of `scaling.SCALINGS` to fold in.
-        shapes: of the model's parameters before the conversion, by name.
+        line: the row of `scaling.SCALINGS` to fold in, or what was fitted.
+        shapes: of the model's parameters before the conversion, by name; those of the down projection are asked for
+            only where it changes.
 
     Raises:
-        ConversionError: the block is gated and the scaling needs its value branch.
+        ConversionError: the block is gated and the line needs its value branch, or the block has no place for what was
+            fitted.
     """
-    if site.gated:
-        return tuple(_retargeted(site, scaling, shapes))
-    return tuple(_expanded(site, scaling, shapes))
+    if isinstance(line, NewWeights):
+        return tuple(_replaced(site, line, shapes))
+    coefficients = Coefficients.of(line)
+    changed = _retargeted(site, line, shapes) if site.gated else _expanded(site, line, shapes)
+    return (*changed, *_down(site, coefficients, shapes))
 
 
 def scale_at_run_time(site: Site, scaling: Scaling) -> tuple[float, float] | None:
@@ -86,14 +98,21 @@ def branch_outputs(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     return gate.reshape(-1), value.reshape(-1)
 
 
-def _expanded(site: Site, scaling: Scaling, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
+def _expanded(site: Site, line: Scaling | Coefficients, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
     weight, bias = weight_name(site.up, site.projection), bias_name(site.up, site.projection)
+    fit = Coefficients.of(line)
+    stacked = is_stack(site.projection)
+    if stacked and isinstance(fit.beta, torch.Tensor):
+        raise ConversionError(
+            f"{site.up} is a stack of experts, which keeps the constant of its value branch as one number; expected "
+            "the same beta for all neurons"
+        )
     dim = output_dim(site.projection)
-    yield _wider(weight, shapes[weight], dim, partial(expand, scaling=scaling, dim=dim, groups=site.groups))
-    if bias in shapes or not is_stack(site.projection):
+    yield _wider(weight, shapes[weight], dim, partial(expand, line=line, dim=dim, groups=site.groups))
+    if bias in shapes or not stacked:
         old = shapes.get(bias, (site.width,))
-        constant = scaling.beta - value_offset(site, scaling)
-        function = partial(expand, scaling=scaling, constant=constant, dim=len(old) - 1, groups=site.groups)
+        constant = 0.0 if stacked else fit.beta
+        function = partial(expand, line=line, constant=constant, shift=fit.b, dim=len(old) - 1, groups=site.groups)
         yield _wider(bias, old, len(old) - 1, function, present=bias in shapes)
 
 
@@ -104,29 +123,93 @@ def _wider(
     return Rewrite(name=name, old_shape=old, new_shape=new, present=present, function=function, dim=dim)
 
 
-def _retargeted(site: Site, scaling: Scaling, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
-    if (scaling.a == scaling.beta == 1.0 and scaling.fits_gated) or scale_at_run_time(site, scaling):
+def _retargeted(site: Site, line: Scaling | Coefficients, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
+    if isinstance(line, Scaling) and scale_at_run_time(site, line):
         return
+    fit = Coefficients.of(line)
+    if fit.idle:
+        return
+    if not _is(fit.b, 0.0) and bias_name(site.gate, site.projection) not in shapes:
+        raise ConversionError(f"the fit of {site.gate} shifts its bias, which it does not have; fit it without")
     if site.layout == "separate":
-        branches: tuple[tuple[str, Literal["gate", "value"], float], ...] = (
-            (site.gate, "gate", scaling.a),
-            (site.up, "value", scaling.beta),
+        branches: tuple[tuple[str, Literal["gate", "value"], Factor], ...] = (
+            (site.gate, "gate", fit.a),
+            (site.up, "value", fit.beta),
         )
         for path, branch, factor in branches:
-            for name, old, _ in _present(path, site, shapes) if factor != 1.0 else ():
-                function = partial(retarget, branch=branch, scaling=scaling)
-                yield Rewrite(name=name, old_shape=old, new_shape=old, present=True, function=function, dim=None)
+            for name, old, dim in _present(path, site, shapes):
+                shift = fit.b if branch == "gate" and name == bias_name(path, site.projection) else 0.0
+                if _is(factor, 1.0) and _is(shift, 0.0):
+                    continue
+                function = partial(retarget, branch=branch, line=line, shift=shift, dim=dim)
+                # a number serves any slice; a number a neuron must meet its neuron
+                mixed = dim if isinstance(factor, torch.Tensor) or isinstance(shift, torch.Tensor) else None
+                yield Rewrite(name=name, old_shape=old, new_shape=old, present=True, function=function, dim=mixed)
     else:
         assert site.layout != "dense"
         assert site.gate_half is not None
         for name, old, dim in _present(site.up, site, shapes):
-            packed = partial(retarget_packed, scaling=scaling, layout=site.layout, gate_half=site.gate_half, dim=dim)
+            packed = partial(
+                retarget_packed,
+                line=line,
+                layout=site.layout,
+                gate_half=site.gate_half,
+                shift=fit.b if name == bias_name(site.up, site.projection) else 0.0,
+                dim=dim,
+            )
             yield Rewrite(name=name, old_shape=old, new_shape=old, present=True, function=packed, dim=dim)
+
+
+def _is(factor: Factor, number: float) -> bool:
+    return not isinstance(factor, torch.Tensor) and factor == number
+
+
+def _replaced(site: Site, new: NewWeights, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
+    for name, tensor in new.parameters(site).items():
+        if name not in shapes and not (site.layout == "dense" and name == bias_name(site.up, site.projection)):
+            raise ConversionError(f"{name} was given, which the block does not have; leave that bias out")
+        old = shapes.get(name, (site.width,))
+        kept = tensor.reshape(*tensor.shape, *old[2:]) if len(old) > 2 else tensor  # convolutions of kernel 1
+        function = partial(_instead, new=kept)
+        new_shape = tuple(kept.shape)
+        yield Rewrite(name=name, old_shape=old, new_shape=new_shape, present=name in shapes, function=function, dim=0)
+
+
+def _instead(parameter: torch.Tensor, *, new: torch.Tensor) -> torch.Tensor:
+    return rounded(new.to(parameter.device), parameter.dtype)
+
+
+def _down(site: Site, fit: Coefficients, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
+    """What a fit adds to the down projection."""
+    weight, bias = weight_name(site.down, site.projection), bias_name(site.down, site.projection)
+    for name, added in ((weight, fit.down), (bias, fit.output)):
+        if added is None:
+            continue
+        if name not in shapes or is_stack(site.projection):
+            raise ConversionError(
+                f"the fit of {site.up} changes {name}, which the block does not have as one tensor; fit it without"
+            )
+        shape = shapes[name]
+        delta = added.T if site.projection == "conv1d" and name == weight else added
+        yield Rewrite(
+            name=name,
+            old_shape=shape,
+            new_shape=shape,
+            present=True,
+            function=partial(_plus, added=delta.reshape(shape)),
+            dim=0,
+        )
+
+
+def _plus(parameter: torch.Tensor, *, added: torch.Tensor) -> torch.Tensor:
+    wide = scaled(parameter, 1.0)
+    return rounded(wide + added.to(wide), parameter.dtype)
 
 
 def _present(path: str, site: Site, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape, int]]:
     """Name, shape and dimension of outputs of a projection's weight, and of its bias where it has one."""
     weight, bias = weight_name(path, site.projection), bias_name(path, site.projection)
-    yield weight, shapes[weight], output_dim(site.projection)
+    flat = is_stack(site.projection) and len(shapes[weight]) == 2  # the experts' rows lie one after the other
+    yield weight, shapes[weight], 0 if flat else output_dim(site.projection)
     if bias in shapes:
         yield bias, shapes[bias], len(shapes[bias]) - 1

@@ -10,7 +10,7 @@ from hf_geglu.auto import auto_classes
 from hf_geglu.hub.licence import Licence
 from hf_geglu.hub.manifest import MANIFEST, Manifest
 from hf_geglu.modeling_geglu import CLASS_PREFIX
-from hf_geglu.plan import Plan
+from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.provenance import TrainingRecord
 from hf_geglu.variants import VARIANTS
 
@@ -78,7 +78,7 @@ def _converted(manifest: Manifest) -> list[str]:
     lines = ["## What was converted", ""]
     kinds: dict[tuple[str, ...], int] = {}
     for entry in plan.converted:
-        error = "exact" if entry.scaling.exact else f"at most {entry.scaling.max_error:.1e} a neuron"
+        error = _error(entry)
         site = entry.site
         row = (
             f"{'gated' if site.gated else 'dense'} {site.activation}",
@@ -101,6 +101,12 @@ def _converted(manifest: Manifest) -> list[str]:
     if plan.unselected:
         lines += [f"Left as they were: {len(plan.unselected)} blocks."]
     return lines
+
+
+def _error(entry: SitePlan) -> str:
+    if entry.fit is not None:  # rounded: a row stands for many blocks
+        return f"fitted ({entry.fit.method}), measured {entry.fit.error:.0e} of the output"
+    return "exact" if entry.exact else f"at most {entry.scaling.max_error:.1e} a neuron"
 
 
 def _measured(runs: Sequence[TrainingRecord], curves: str | None) -> list[str]:

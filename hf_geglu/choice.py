@@ -1,0 +1,67 @@
+"""What was fitted to a model's activations and chosen for a site, as far as a plan can hold it: no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitRecord:
+    """How one block was converted where the numbers were fitted. The numbers themselves travel beside the plan.
+
+    Attributes:
+        method: the name of the conversion that was chosen, such as "per neuron".
+        error: RMS of the difference of the block's output relative to that of the output, on held-out calibration data.
+            No bound over all inputs: what was measured.
+        alternatives: the same for the conversions that were not chosen, by name.
+        reason: why this one, in a sentence.
+        width: F after the conversion; None where the block keeps its neurons.
+    """
+
+    method: str
+    error: float
+    alternatives: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+    width: int | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> FitRecord | None:
+        """What `dataclasses.asdict` made."""
+        return None if data is None else cls(**data)
+
+    def __str__(self) -> str:
+        return f"{self.method}, measured relative error {self.error:.1e}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecord:
+    """The data that a plan's fits were made on.
+
+    Attributes:
+        data: its name, as a reader knows it; None for batches without one.
+        fingerprint: SHA-256 of the inputs in order.
+        tokens: that the fits saw.
+        held_out_tokens: that chose between them.
+        seed: of the sampled labels behind the gradients.
+        settings: what else the result depends on.
+    """
+
+    data: str | None = None
+    fingerprint: str
+    tokens: int
+    held_out_tokens: int
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> CalibrationRecord | None:
+        """What `dataclasses.asdict` made."""
+        return None if data is None else cls(**data)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens:,} tokens of {self.data or 'the data given'} (SHA-256 {self.fingerprint[:12]}...), "
+            f"chosen on {self.held_out_tokens:,} others"
+        )
