@@ -352,3 +352,25 @@ def test_absolute_paths_do_not_reach_the_output(place: Path) -> None:
     finetune(settings(train_file=[str(place / "text.txt")], model_name_or_path=str(place / "gpt2")), "clm")
     for path in Path("out").rglob("*.json*"):
         assert str(place) not in path.read_text(), path
+
+
+def test_curves_stand_beside_the_logs_and_on_the_card(place: Path) -> None:
+    finetune(settings(convert=True, control=True, eval_steps=1), "clm")
+    picture = (place / "out" / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert (place / "out" / "geglu" / "loss.png").read_bytes() == picture  # with the control's curve
+    assert "![Held-out loss](geglu/loss.png)" in (place / "out" / "README.md").read_text(encoding="utf-8")
+    assert not list((place / "out").glob(".draft*"))
+
+
+def test_curves_go_on_after_a_resume(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_geglu.training import curves
+
+    drawn: list[dict[str, list[tuple[int, float]]]] = []
+    draw = curves.loss_curves
+    monkeypatch.setattr(
+        curves, "loss_curves", lambda path, found, **more: drawn.append(dict(found)) or draw(path, found, **more)
+    )
+    finetune(settings(eval_steps=1, save_steps=1, max_steps=2, lr_scheduler_type="constant"), "clm")
+    finetune(settings(eval_steps=1, save_steps=1, max_steps=4, lr_scheduler_type="constant", resume="latest"), "clm")
+    assert [step for step, _ in drawn[-1]["model"]] == [0, 1, 2, 3, 4]

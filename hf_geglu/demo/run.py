@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from hf_geglu.converting import convert
 from hf_geglu.demo.ledger import Ledger, Row
 from hf_geglu.demo.naive import naive_swap
-from hf_geglu.demo.picture import loss_curves
 from hf_geglu.demo.text import stdlib_corpus
 from hf_geglu.demo.weights import smollm2_folder
 from hf_geglu.distance import compare
@@ -48,6 +47,7 @@ from hf_geglu.training import (
     train,
 )
 from hf_geglu.training.lineage import tokens_sha256
+from hf_geglu.training.picture import loss_curves
 
 BLOCK_SIZE = 128
 """Tokens a block: short ones leave a CPU more steps in the same time."""

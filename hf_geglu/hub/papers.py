@@ -166,7 +166,12 @@ def _source_manifest(model: nn.Module) -> Manifest | None:
 
 
 def amend(
-    folder: Path, *, training: TrainingRecord | None = None, name: str | None = None, licence: Licence | None = None
+    folder: Path,
+    *,
+    training: TrainingRecord | None = None,
+    name: str | None = None,
+    licence: Licence | None = None,
+    curves: Path | None = None,
 ) -> Manifest:
     """Replace what became known later: the last training's record (with its control), the name, the licence.
 
@@ -177,8 +182,11 @@ def amend(
         training: takes the place of the last one.
         name: for the card; the folder's by default.
         licence: of the base, where its card does not name one.
+        curves: a PNG of the loss curves, in place of the one that is there.
     """
     manifest = read_manifest(folder)
+    if curves is not None:
+        (folder / CURVES).write_bytes(curves.read_bytes())
     if training is not None:
         trainings = (*manifest.trainings[:-1], training)
         manifest = replace(manifest, provenance=replace(manifest.provenance, trainings=trainings))

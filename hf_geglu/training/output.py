@@ -14,7 +14,16 @@ from hf_geglu.provenance import TrainingRecord
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
 from hf_geglu.training.settings import LATEST, OutputSettings
 
-LEFT_BY_A_RUN = ("checkpoint-*", ".checkpoint-*", "*_log.jsonl", "settings.json", "results.json", "control", ".model")
+LEFT_BY_A_RUN = (
+    "checkpoint-*",
+    ".checkpoint-*",
+    "*_log.jsonl",
+    "settings.json",
+    "results.json",
+    "loss.png",
+    "control",
+    ".model",
+)
 """What --overwrite removes when the new run starts. The model goes when the new one is there, foreign files never."""
 
 
@@ -43,7 +52,12 @@ class RunFolder:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def publish(
-        self, model: Any, tokenizer: Any, training: TrainingRecord | None = None, command: Sequence[str] = ()
+        self,
+        model: Any,
+        tokenizer: Any,
+        training: TrainingRecord | None = None,
+        command: Sequence[str] = (),
+        curves: Path | None = None,
     ) -> None:
         """Save the finished model and its papers. It is written beside and then moved in file by file, config.json
         last: a folder with a config holds a whole model, while logs and checkpoints stay where they are. A card that a
@@ -57,7 +71,16 @@ class RunFolder:
         shutil.rmtree(draft, ignore_errors=True)
         name = self.path.resolve().name
         kept = None if is_ours(self.path / CARD) else self.path / CARD
-        save_folder(model, draft, tokenizer=tokenizer, training=training, command=command, name=name, keep_card=kept)
+        save_folder(
+            model,
+            draft,
+            tokenizer=tokenizer,
+            training=training,
+            command=command,
+            name=name,
+            keep_card=kept,
+            curves=curves,
+        )
         (self.path / "config.json").unlink(missing_ok=True)
         shutil.rmtree(self.path / FOLDER, ignore_errors=True)
         for old in self.path.glob("model*.safetensors*"):
@@ -69,13 +92,13 @@ class RunFolder:
             os.replace(new, target)
         draft.rmdir()
 
-    def amend(self, training: TrainingRecord) -> None:
+    def amend(self, training: TrainingRecord, curves: Path | None = None) -> None:
         """Complete the papers of the published model with what was measured after it was saved: its control."""
         from hf_geglu.hub.manifest import MANIFEST
         from hf_geglu.hub.papers import amend
 
         if (self.path / MANIFEST).is_file():  # a model that was not converted has none
-            amend(self.path, training=training)
+            amend(self.path, training=training, curves=curves)
 
 
 def check_output(output: OutputSettings, *, sources: Iterable[str] = ()) -> tuple[RunFolder, Path | None]:

@@ -22,6 +22,7 @@ from hf_geglu.hub import load
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
 from hf_geglu.training.corpus import Corpus, load_corpus
+from hf_geglu.training.curves import LiveCurves
 from hf_geglu.training.lineage import training_record
 from hf_geglu.training.log import Narrator, RunLog, to_json
 from hf_geglu.training.loop import make_accelerator, train
@@ -141,7 +142,8 @@ def finetune(
     )
     total = step_count(settings.train, corpus.train, shape)
     _check_schedule(settings.train, total)
-    run = _Run(settings, objective, corpus, tokenizer, folder, total)
+    curves = LiveCurves(folder.path, title=f"{Path(model_settings.model_name_or_path).name}: held-out loss")
+    run = _Run(settings, objective, corpus, tokenizer, folder, total, curves)
 
     model = _load_model(model_settings, task, settings.train.dtype)
     _check_vocabulary(model, corpus)
@@ -156,7 +158,7 @@ def finetune(
     trained = run.train("model", model, folder.path, resume_from)
     if accelerator.is_main_process:
         record = training_record(settings, task, corpus, trained)
-        folder.publish(model, tokenizer, record, command)
+        folder.publish(model, tokenizer, record, command, curves.picture)
     del model  # before the control is loaded: both would need twice the memory
 
     control = None
@@ -167,7 +169,7 @@ def finetune(
     result = RunResult(task, trained, control, report, corpus.lines, total)
     if accelerator.is_main_process:
         if control is not None:
-            folder.amend(training_record(settings, task, corpus, trained, control=control))
+            folder.amend(training_record(settings, task, corpus, trained, control=control), curves.picture)
         _write_json(folder.path / "results.json", result.to_dict())
     accelerator.wait_for_everyone()
     return result
@@ -183,12 +185,15 @@ class _Run:
     tokenizer: Any
     folder: RunFolder
     total: int
+    curves: LiveCurves
 
     def train(self, name: str, model: nn.Module, place: Path, resume_from: Path | None) -> TrainResult:
         # One for each training: an accelerator holds on to the models that it prepared.
         accelerator = make_accelerator(self.settings.train)
         main = bool(accelerator.is_main_process)
-        done = int(read_progress(resume_from)["step"]) if resume_from else 0
+        before: dict[str, Any] = read_progress(resume_from) if resume_from else {"step": 0, "evals": []}
+        done = int(before["step"])
+        self.curves.known(name, [EvalRecord(**record) for record in before["evals"]])
         log = RunLog(place, prepare=self._begin, resumed_at=done if resume_from else None)
         checkpoints = CheckpointFolder(place, keep=self.settings.output.save_total_limit, tokenizer=self.tokenizer)
         narrator = Narrator(name, total=self.total, done=done, every=self.settings.train.logging_steps, quiet=not main)
@@ -202,6 +207,7 @@ class _Run:
             narrator.evaluation(record)
             if main:
                 log.evaluation(record)
+                self.curves.add(name, record)
 
         with narrator:
             if resume_from:
