@@ -18,7 +18,7 @@ LAYERS = [
     ["errors"],
     ["files"],
     ["auto", "variants", "functional", "width", "modes", "fingerprint"],
-    ["inputs"],
+    ["inputs", "ops"],
     ["sites", "skeleton"],
     ["selection", "conversions"],
     ["native", "cost", "choice"],

@@ -47,7 +47,14 @@ MAY_CHANGE = frozenset(
         # How long, how often, where and how fast, but not what is computed from a draw.
         *("max_steps", "num_train_epochs", "eval_steps", "save_steps", "logging_steps", "use_cpu"),
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        *("mixed_precision", "bf16", "fp16", "gradient_checkpointing", "ddp_find_unused_parameters"),
+        *(
+            "mixed_precision",
+            "bf16",
+            "fp16",
+            "gradient_checkpointing",
+            "chunked_cross_entropy",
+            "ddp_find_unused_parameters",
+        ),
     }
 )
 """Settings that a resumed run may have different from the run before."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_geglu.errors import DataError
 from hf_geglu.modes import evaluating
 from hf_geglu.training.batches import MapBlocks, eval_batches
+from hf_geglu.training.head import Head, NoHead, find_head, untouched
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 
 EVAL_SEED = 20200212
@@ -43,13 +44,15 @@ class EvalResult:
         )
 
 
-def summed_nll(model: nn.Module, batch: Batch) -> Tensor:
+def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead) -> Tensor:
     """Sum of the negative log-likelihoods of the labels of a batch, as a float32 scalar.
 
-    It is computed from the logits here rather than by the model, because the models of Transformers divide by counts
-    of their own.
+    It is computed in the head or from the logits rather than by the model, because the models of Transformers divide
+    by counts of their own.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if isinstance(head, Head) and untouched(head.linear):
+        return head.summed_loss(lambda: model(**inputs), batch["labels"], ignore_index=IGNORED).float()
     output: Any = model(**inputs)
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return nn.functional.cross_entropy(
@@ -84,6 +87,7 @@ def evaluate(
     objective: Objective | None = None,
     batch_size: int = 8,
     accelerator: Any = None,
+    head: Head | NoHead | None = None,
 ) -> EvalResult:
     """Token-weighted negative log-likelihood of `blocks` under `model`, over all processes of `accelerator`.
 
@@ -95,6 +99,8 @@ def evaluate(
         objective: what is predicted; by default the next token.
         batch_size: blocks a forward, per process.
         accelerator: an `accelerate.Accelerator` to share the work by; by default this process does all of it.
+        head: what `find_head` says of the model before it is prepared, or a `NoHead` to make the logits whole; by
+        default it is asked.
 
     Raises:
         DataError: there is nothing to predict.
@@ -102,6 +108,7 @@ def evaluate(
     objective = objective or CausalLM()
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     device = accelerator.device if accelerator else next(model.parameters()).device
+    head = find_head(getattr(model, "module", model)) if head is None else head
     sums: list[Tensor] = []
     tokens = 0
     with torch.no_grad(), without_cache(model), evaluating(model):
@@ -109,7 +116,7 @@ def evaluate(
             blocks, objective, batch_size=batch_size, seed=EVAL_SEED, processes=processes, process=process
         ):
             tokens += int((batch["labels"] != IGNORED).sum())
-            sums.append(summed_nll(model, to_device(batch, device)))
+            sums.append(summed_nll(model, to_device(batch, device), head))
     # Summed in float64 on the CPU: some devices have no float64, and float32 loses digits over many batches.
     total = torch.tensor(
         [float(torch.stack(sums).cpu().double().sum()) if sums else 0.0, float(tokens)], dtype=torch.float64

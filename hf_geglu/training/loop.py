@@ -25,6 +25,7 @@ from hf_geglu.modes import in_mode
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, Progress, TrainingState, fingerprint
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
+from hf_geglu.training.head import Head, NoHead, find_head
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
@@ -126,6 +127,7 @@ def train(
         cleanup.enter_context(_gradient_checkpointing(model, settings))
         _cast(model, settings)
         model.to(accelerator.device)
+        head = _head(model, settings)
         trained = choose_trainable(model, settings.trainable)
         cleanup.enter_context(trained.only(model))
         optimizer = make_optimizer(model, settings, values=trained.values or _values_of(model, settings))
@@ -149,6 +151,7 @@ def train(
                 objective=objective,
                 batch_size=settings.per_device_eval_batch_size,
                 accelerator=accelerator,
+                head=head,
             )
             progress.evals.append(EvalRecord.at(step, result))
             if on_eval:
@@ -170,7 +173,7 @@ def train(
             micro_batches = next(batches)
             rate = float(scheduler.get_last_lr()[0])
             with without_cache(model):
-                loss, predicted, tokens = _accumulate(prepared, micro_batches, accelerator)
+                loss, predicted, tokens = _accumulate(prepared, micro_batches, accelerator, head)
             if not math.isfinite(loss):
                 raise _not_finite("loss", loss, step, rate, checkpoints)
             norm = float(accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm or math.inf))
@@ -211,7 +214,19 @@ def _values_of(model: nn.Module, settings: TrainSettings) -> dict[str, torch.Ten
     return masks
 
 
-def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any) -> tuple[float, int, int]:
+def _head(model: nn.Module, settings: TrainSettings) -> Head | NoHead:
+    """Where the loss is computed; says so where the logits are needed for it."""
+    if settings.chunked_cross_entropy == "off":
+        return NoHead("chunked_cross_entropy is off")
+    head = find_head(model)
+    if isinstance(head, NoHead):
+        logger.info("the logits of a forward are made whole: %s", head.reason)
+    return head
+
+
+def _accumulate(
+    model: nn.Module, batches: list[Batch], accelerator: Any, head: Head | NoHead
+) -> tuple[float, int, int]:
     """Backward of the mean loss over all forwards and processes of a step; returns (loss, predicted, tokens)."""
     counts = torch.tensor(
         [
@@ -230,7 +245,7 @@ def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any) -> tup
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = summed_nll(model, to_device(batch, accelerator.device)) * share
+            loss = summed_nll(model, to_device(batch, accelerator.device), head) * share
             accelerator.backward(loss)
         total += loss.detach()
     return float(accelerator.reduce(total, reduction="mean")), predicted, tokens

@@ -99,6 +99,11 @@ class TrainSettings:
         "type of the weights while training; float32 keeps master weights, auto leaves them",
         aliases=("torch_dtype",),
     )
+    chunked_cross_entropy: Literal["auto", "off"] = _flag(
+        "auto",
+        "compute the loss some tokens at a time, their logits never all at once; auto: where that is exact",
+        off="off",
+    )
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward: less memory, more time")
     eval_steps: int = _flag(0, "evaluate every so many steps, besides step 0 and the end", unit="steps", off="0")
     save_steps: int = _flag(500, "write a checkpoint every so many steps and at the end", unit="steps", off="0")
