@@ -15,6 +15,7 @@ from hf_geglu.variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
     from hf_geglu.checkpoint import convert_checkpoint
+    from hf_geglu.collapsing import CollapseReport, collapse
     from hf_geglu.config import geglu_config
     from hf_geglu.converting import convert
     from hf_geglu.distance import Comparison, compare
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "CollapseReport",
     "Comparison",
     "FoundSites",
     "HfGegluError",
@@ -38,6 +40,7 @@ __all__ = [
     "Report",
     "Site",
     "Variant",
+    "collapse",
     "compare",
     "convert",
     "convert_checkpoint",
@@ -52,12 +55,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CollapseReport": "collapsing",
     "Comparison": "distance",
     "FoundSites": "sites",
     "Plan": "plan",
     "Rejection": "sites",
     "Report": "verify",
     "Site": "sites",
+    "collapse": "collapsing",
     "compare": "distance",
     "convert": "converting",
     "convert_checkpoint": "checkpoint",

@@ -128,7 +128,7 @@ class ScaledActivation(nn.Module):
         return f"a={self.a:g}, beta={self.beta:g}"
 
 
-_WIDTH_NAMES = ("out_features", "nf", "out_channels")
+WIDTH_NAMES = ("out_features", "nf", "out_channels")
 """What nn.Linear, transformers' Conv1D and convolutions call the number of their outputs."""
 
 
@@ -141,7 +141,7 @@ def widen(up: nn.Module, width: int) -> nn.Module:
     """
     weight = up.weight
     assert isinstance(weight, torch.Tensor)
-    name = next(name for name in _WIDTH_NAMES if hasattr(up, name))
+    name = next(name for name in WIDTH_NAMES if hasattr(up, name))
     outputs = 1 if name == "nf" else 0
     shape = [2 * width if dim == outputs else size for dim, size in enumerate(weight.shape)]
     packed = copy.copy(up)
@@ -358,7 +358,7 @@ _ACTIVATIONS: tuple[type, ...] = (
 )
 
 
-def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The sites with their paths as this class has them.
 
     A class may hold one tower of an encoder-decoder (T5EncoderModel): the sites of the other are then absent as a
@@ -394,7 +394,7 @@ def _located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[di
 def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
     """Turn the freshly built blocks of `model` into those that ``config.geglu`` lists; weights come from the
     checkpoint."""
-    for site in _located_sites(model, list(geglu["sites"])):
+    for site in located_sites(model, list(geglu["sites"])):
         if "call" in site:
             expose_activation(model.get_submodule(site["activation"].rpartition(".")[0]), site["call"])
         activation = get_attribute(model, site["activation"]) if site["gate"] is None else ACT2FN[site["gate"]]
@@ -577,7 +577,7 @@ class GegluMixin:
     def _packed(self) -> list[str]:
         """Paths of the packed projections, as this class has them."""
         sites = self.config.geglu["sites"]  # type: ignore[attr-defined]
-        return [site["up"] for site in _located_sites(self, list(sites)) if site["up"] is not None]  # type: ignore[arg-type]
+        return [site["up"] for site in located_sites(self, list(sites)) if site["up"] is not None]  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from hf_geglu.fingerprint import Fingerprint
-from hf_geglu.plan import Plan
+from hf_geglu.plan import Plan, Untouched
 
 _KEY = "_hf_geglu_provenance"
+_REVERSAL = "_hf_geglu_reversal"
 _SNAPSHOT = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -87,6 +88,29 @@ class TrainingRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reversal:
+    """What was collapsed: converted blocks that are dense again.
+
+    Attributes:
+        paths: of their up projections, as in the plan of the conversion.
+        whole: no converted block is left.
+        tolerance: within which value branches counted as constant; 0 for exactly.
+        before: fingerprint of the variant before.
+        after: fingerprint of what came out.
+        report: what was measured (of the last collapse, where there were several), as plain JSON types.
+        trained: whether the variant had other weights than its conversion made; None where that is not known.
+    """
+
+    paths: tuple[str, ...]
+    whole: bool
+    tolerance: float
+    before: Fingerprint
+    after: Fingerprint
+    report: Mapping[str, Any]
+    trained: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """How a model became a variant.
 
@@ -96,6 +120,7 @@ class Provenance:
         report: what was measured then, as plain JSON types.
         step0: fingerprint right after the conversion.
         trainings: since then, oldest first, as far as this package did them.
+        reversal: what was collapsed since; `plan` and `step0` are then those of the blocks that are left.
     """
 
     base: Base
@@ -103,10 +128,28 @@ class Provenance:
     report: Mapping[str, Any] | None = None
     step0: Fingerprint | None = None
     trainings: tuple[TrainingRecord, ...] = ()
+    reversal: Reversal | None = None
 
     def after(self, training: TrainingRecord | None) -> Provenance:
         """With one training more."""
         return self if training is None else replace(self, trainings=(*self.trainings, training))
+
+    def without(self, made: Reversal) -> Provenance:
+        """With those blocks dense again."""
+        trained = None if self.step0 is None else bool(self.step0.difference(made.before, bitwise=True))
+        plan = self.plan
+        if plan is not None:
+            gone = [entry.site for entry in plan.sites if entry.site.up in made.paths]
+            left = tuple(entry for entry in plan.sites if entry.site not in gone)
+            reason = "converted, and collapsed again: its value branch was constant"
+            dense = (Untouched(path=site.up, activation_path=site.activation_path, reason=reason) for site in gone)
+            plan = replace(plan, sites=left, unselected=(*plan.unselected, *dense))
+        return replace(
+            self,
+            plan=plan,
+            step0=made.after if trained is False else None,
+            reversal=replace(made, trained=trained),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
         """Frozen: a copied model shares it."""
@@ -163,3 +206,17 @@ def recall(model: nn.Module) -> Provenance | None:
     found = model.__dict__.get(_KEY)
     assert found is None or isinstance(found, Provenance)
     return found
+
+
+def reversal(model: nn.Module) -> Reversal | None:
+    """What of this model was collapsed in this process."""
+    found = model.__dict__.get(_REVERSAL)
+    assert found is None or isinstance(found, Reversal)
+    return found
+
+
+def set_reversal(model: nn.Module, made: Reversal | None) -> None:
+    """Keep it on the model, or take it off."""
+    model.__dict__.pop(_REVERSAL, None)
+    if made is not None:
+        model.__dict__[_REVERSAL] = made

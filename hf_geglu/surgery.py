@@ -38,23 +38,11 @@ Fits = Mapping[str, Coefficients | NewWeights]
 """What a plan's fits are made of, by the `up` of their sites."""
 
 
-@dataclass(slots=True)
-class Undo:
-    """How to put a model back, and what its sites were made of before, for the verification."""
+@dataclass(slots=True, kw_only=True)
+class Steps:
+    """How to put a model back."""
 
-    plan: Plan
-    fits: Fits = field(default_factory=dict)
     steps: list[Callable[[], None]] = field(default_factory=list)
-    parameters: dict[str, nn.Parameter | None] = field(default_factory=dict)
-    """The original of every parameter that changed, by name; None for one that was not there."""
-    activations: dict[str, Any] = field(default_factory=dict)
-    """The original activation of every site, by its `up`."""
-    originals: dict[str, Any] = field(default_factory=dict)
-    installed: dict[str, tuple[bool, str]] = field(default_factory=dict)
-
-    def line(self, entry: SitePlan) -> Line:
-        """What was folded into a site: its fit, or the row of the table that the plan names."""
-        return self.fits.get(entry.site.up, entry.scaling)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copied or pickled model comes without its originals: the steps would undo this one, not the copy."""
@@ -66,12 +54,44 @@ class Undo:
             self.steps.pop()()
 
 
+@dataclass(slots=True, kw_only=True)
+class Undo(Steps):
+    """The steps back from a conversion, and what its sites were made of before, for the verification."""
+
+    plan: Plan
+    fits: Fits = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter | None] = field(default_factory=dict)
+    """The original of every parameter that changed, by name; None for one that was not there."""
+    activations: dict[str, Any] = field(default_factory=dict)
+    """The original activation of every site, by its `up`."""
+    originals: dict[str, Any] = field(default_factory=dict)
+    installed: dict[str, tuple[bool, str]] = field(default_factory=dict)
+
+    def line(self, entry: SitePlan) -> Line:
+        """What was folded into a site: its fit, or the row of the table that the plan names."""
+        return self.fits.get(entry.site.up, entry.scaling)
+
+
 def applied(model: nn.Module) -> Undo | None:
     """The record of the conversion that `model` carries, None for a model that was not converted in this process."""
+    last = last_record(model)
+    return last if isinstance(last, Undo) else None
+
+
+def last_record(model: nn.Module) -> Steps | None:
+    """The record of the last change, which `revert` undoes: of a conversion, or of what followed it."""
     return model.__dict__.get(_UNDO)
 
 
-def apply(model: nn.Module, plan: Plan, fits: Fits | None = None) -> Undo:
+def record(model: nn.Module, steps: Steps) -> None:
+    """Keep a record on the model, for `revert`; one that is there already comes back when this one is undone."""
+    before = model.__dict__.get(_UNDO)
+    if before is not None:
+        steps.steps.insert(0, lambda: model.__dict__.__setitem__(_UNDO, before))
+    model.__dict__[_UNDO] = steps
+
+
+def apply(model: nn.Module, plan: Plan) -> Undo:
     """Carry out `plan` on `model`, in place. An error half way leaves the original model.
 
     Args:
@@ -97,12 +117,12 @@ def apply(model: nn.Module, plan: Plan, fits: Fits | None = None) -> Undo:
     except BaseException:
         undo.roll_back()
         raise
-    model.__dict__[_UNDO] = undo
+    record(model, undo)
     return undo
 
 
 def revert(model: nn.Module) -> None:
-    """Put a converted model back as it was before `convert`, bit for bit: modules, weights, class and config.
+    """Put a model back as it was before the last `convert` or `collapse`, bit for bit: modules, weights, class, config.
 
     What was trained since at the converted sites is dropped; parameters outside them stay as they are now.
 
@@ -266,7 +286,7 @@ def _declare(model: nn.Module, plan: Plan, undo: Undo) -> None:
         declare_config(new_config, base_class, [site_entry(entry, model) for entry in plan.converted], plan)
         undo.steps.append(lambda: setattr(model, "__class__", base_class))
         model.__class__ = variant_model_class(base_class, base_config)
-    _share_config(model, memo, undo)
+    share_config(model, memo, undo)
 
 
 def _forbid_saving(model: nn.Module, plan: Plan, undo: Undo) -> None:
@@ -281,7 +301,7 @@ def _forbid_saving(model: nn.Module, plan: Plan, undo: Undo) -> None:
     object.__setattr__(model, "save_pretrained", refuse)
 
 
-def _share_config(model: nn.Module, memo: dict[int, Any], undo: Undo) -> None:
+def share_config(model: nn.Module, memo: dict[int, Any], undo: Steps) -> None:
     """Every submodule that held the old config (or a nested one) holds its copy; other models keep the old one."""
     for module in model.modules():
         old = module.__dict__.get("config")

@@ -30,6 +30,7 @@ LAYERS = [
     ["calibration"],
     ["provenance"],
     ["converting", "config"],
+    ["collapsing"],
     ["hub"],
     ["neighbours", "checkpoint"],
     ["training"],
