@@ -88,6 +88,8 @@ def site_entry(entry: SitePlan, model: nn.Module) -> dict[str, Any]:
         "gate": None if entry.keeps_activation else entry.scaling.gate,
         "width": entry.width,
     }
+    if entry.fit is not None:
+        recorded["fitted"] = True  # its numbers are in the weights alone, so that nothing leads back from them
     if site.activation_call is not None:
         recorded["call"] = site.activation_call
     scale = scale_at_run_time(site, entry.scaling)

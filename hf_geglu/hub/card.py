@@ -50,13 +50,15 @@ def is_ours(path: Path) -> bool:
 
 def card(manifest: Manifest, *, inherited: BaseCard, name: str, curves: bool = False, tags: Sequence[str] = ()) -> str:
     """The card as text: metadata, body, and the mark by which we know it again."""
+    data = metadata(manifest, inherited=inherited, name=name, tags=tags)
+    return marked(data, body(manifest, name=name, licence=inherited.licence, curves=CURVES if curves else None))
+
+
+def marked(data: Any, body_text: str) -> str:
+    """Metadata and body as a card that we know again."""
     from huggingface_hub import ModelCard
 
-    data = metadata(manifest, inherited=inherited, name=name, tags=tags)
-    licence = inherited.licence
-    text = f"---\n{data.to_yaml()}\n---\n\n" + body(
-        manifest, name=name, licence=licence, curves=CURVES if curves else None
-    )
+    text = f"---\n{data.to_yaml()}\n---\n\n{body_text}"
     text = str(ModelCard(text)).rstrip() + "\n"  # parsed once: metadata that cannot be read back would fail here
     return f"{text}\n<!-- written by hf_geglu, sha256 {_digest(text)} -->\n"
 

@@ -11,7 +11,7 @@ from hf_geglu.hub.licence import Licence
 from hf_geglu.hub.manifest import MANIFEST, Manifest
 from hf_geglu.modeling_geglu import CLASS_PREFIX
 from hf_geglu.plan import Plan, SitePlan
-from hf_geglu.provenance import TrainingRecord
+from hf_geglu.provenance import Reversal, TrainingRecord
 from hf_geglu.variants import VARIANTS
 
 
@@ -98,8 +98,12 @@ def _converted(manifest: Manifest) -> list[str]:
     if plan.config_changes:
         changes = ", ".join(f"`{key} = {value}`" for key, value in plan.config_changes.items())
         lines += [f"In the config: {changes}."]
-    if plan.unselected:
-        lines += [f"Left as they were: {len(plan.unselected)} blocks."]
+    made = manifest.provenance.reversal
+    again = 0 if made is None else len(made.paths)
+    if len(plan.unselected) > again:
+        lines += [f"Left as they were: {len(plan.unselected) - again} blocks."]
+    if made is not None:
+        lines += [f"Dense again: {again} blocks whose value branch was constant ({within(made)})."]
     return lines
 
 
@@ -107,6 +111,11 @@ def _error(entry: SitePlan) -> str:
     if entry.fit is not None:  # rounded: a row stands for many blocks
         return f"fitted ({entry.fit.method}), measured {entry.fit.error:.0e} of the output"
     return "exact" if entry.exact else f"at most {entry.scaling.max_error:.1e} a neuron"
+
+
+def within(made: Reversal) -> str:
+    """How constant the value branches were that were collapsed."""
+    return f"within {made.tolerance:g} of each neuron's value" if made.tolerance else "exactly"
 
 
 def _measured(runs: Sequence[TrainingRecord], curves: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from hf_geglu.errors import ManifestError, PlanError
 from hf_geglu.fingerprint import Fingerprint
 from hf_geglu.hub.privacy import scrubbed
 from hf_geglu.plan import Plan
-from hf_geglu.provenance import Base, LedgerRow, Provenance, TrainingRecord
+from hf_geglu.provenance import Base, LedgerRow, Provenance, Reversal, TrainingRecord
 
 SCHEMA = 1
 FOLDER = "geglu"
@@ -78,7 +78,8 @@ class Manifest:
     @property
     def trained(self) -> bool:
         """Whether the weights are others than the conversion made."""
-        if self.trainings:
+        made = self.provenance.reversal
+        if self.trainings or (made is not None and made.trained):
             return True
         step0 = self.provenance.step0
         return step0 is not None and self.weights is not None and bool(step0.difference(self.weights, bitwise=True))
@@ -133,7 +134,15 @@ def _provenance(data: Mapping[str, Any]) -> Provenance:
         report=data["report"],
         step0=_fingerprint(data["step0"]),
         trainings=tuple(_training(entry) for entry in data["trainings"]),
+        reversal=_reversal(data.get("reversal")),
     )
+
+
+def _reversal(data: Mapping[str, Any] | None) -> Reversal | None:
+    if data is None:
+        return None
+    prints = {name: Fingerprint.from_dict(data[name]) for name in ("before", "after")}
+    return Reversal(**{**data, **prints, "paths": tuple(data["paths"])})
 
 
 def _fingerprint(data: Mapping[str, Any] | None) -> Fingerprint | None:

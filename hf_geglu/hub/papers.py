@@ -13,6 +13,7 @@ from torch import nn
 from hf_geglu.errors import ManifestError
 from hf_geglu.fingerprint import Fingerprint, fingerprint
 from hf_geglu.hub.card import CARD, CURVES, OURS_BESIDE, is_ours, write_card
+from hf_geglu.hub.collapsed import write_collapsed_card
 from hf_geglu.hub.golden import write_golden
 from hf_geglu.hub.licence import BaseCard, Licence, base_card, card_data, copy_licence_files, inherits
 from hf_geglu.hub.manifest import (
@@ -25,7 +26,7 @@ from hf_geglu.hub.manifest import (
     write_manifest,
 )
 from hf_geglu.hub.privacy import command_line
-from hf_geglu.provenance import Base, Provenance, TrainingRecord, base_of, recall
+from hf_geglu.provenance import Base, Provenance, TrainingRecord, base_of, recall, reversal
 
 
 def write_papers(
@@ -110,10 +111,15 @@ def document(
         curves: see there.
 
     Returns:
-        The manifest; None for a model that is no variant as far as anyone can tell, which gets no papers.
+        The manifest; None for a model that is no variant as far as anyone can tell, which gets no papers. One that was
+        collapsed as a whole gets a card.
     """
     provenance = known_provenance(model)
     if provenance is None:
+        made, before = reversal(model), _origin(model)
+        if made is not None and before is not None:
+            inherited = base_card(before.base, source_folder(model))
+            write_collapsed_card(folder, made, before, inherited=inherited, name=name or folder.name)
         return None
     return write_papers(
         folder,
@@ -129,7 +135,16 @@ def document(
 
 def known_provenance(model: nn.Module) -> Provenance | None:
     """Where a model comes from: from its conversion in this process, or from the manifest beside the weights that it
-    was loaded from. A portable variant without either is one of unknown provenance; None for any other model."""
+    was loaded from. A portable variant without either is one of unknown provenance; None for any other model, also one
+    that was collapsed as a whole."""
+    made = reversal(model)
+    if made is not None and made.whole:
+        return None
+    provenance = _origin(model)
+    return provenance if provenance is None or made is None else provenance.without(made)
+
+
+def _origin(model: nn.Module) -> Provenance | None:
     provenance = recall(model)
     if provenance is not None:
         return provenance
