@@ -91,7 +91,7 @@ def record(model: nn.Module, steps: Steps) -> None:
     model.__dict__[_UNDO] = steps
 
 
-def apply(model: nn.Module, plan: Plan) -> Undo:
+def apply(model: nn.Module, plan: Plan, fits: Fits | None = None) -> Undo:
     """Carry out `plan` on `model`, in place. An error half way leaves the original model.
 
     Args:

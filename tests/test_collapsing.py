@@ -1,6 +1,7 @@
 """collapse on whole models: the original weights bit for bit, honest about what stays, all or nothing, reversible."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from versions import BEFORE_5
 
 import hf_geglu
 from benchmarks.zoo.building import build
-from hf_geglu.conversions import SCALINGS, at_start, collapse, expand, scale_neurons
+from hf_geglu import surgery
+from hf_geglu.choice import FitRecord
+from hf_geglu.conversions import SCALINGS, Coefficients, at_start, collapse, expand, scale_neurons
 from hf_geglu.errors import PlanError, SelectionError, SurgeryError, VerificationError, WeightsError
 from hf_geglu.inputs import synthetic_inputs
 
@@ -239,6 +242,38 @@ def test_a_gate_bias_that_the_base_has_no_place_for():
     report = hf_geglu.collapse(model)
     assert [entry.site.layer for entry in report.plan.sites] == [1]
     assert report.plan.kept[0].reason == "the bias of its gate was trained, and the dense block has none"
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt2"])
+def test_a_fitted_conversion_goes_back_in_its_own_process_only(tmp_path, model_type):
+    model = tiny(model_type, **({} if model_type == "opt" else {"activation_function": "relu"}))
+    before = _state(model)
+    record = FitRecord(method="per neuron", error=0.01, alternatives={}, reason="made up")
+    plan = hf_geglu.make_plan(model)
+    plan = replace(plan, sites=tuple(replace(entry, fit=record) for entry in plan.sites))
+    generator = torch.Generator().manual_seed(0)
+    fits = {
+        entry.site.up: Coefficients(
+            a=1 + torch.rand(entry.site.width, generator=generator),
+            b=0.1,
+            beta=torch.rand(entry.site.width, generator=generator),
+            down=torch.randn(entry.site.d_out, entry.site.width, generator=generator),
+        )
+        for entry in plan.sites
+    }
+    surgery.apply(model, plan, fits)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {kept.reason for kept in hf_geglu.collapse(loaded).plan.kept} == {
+        "its conversion was fitted to activations, and only the process that converts it knows the base"
+    }
+    report = hf_geglu.collapse(model)
+    assert all(entry.fitted and entry.original for entry in report.plan.sites)
+    assert _same_bits(_state(model), before)
+    hf_geglu.revert(model)
+    with torch.no_grad():
+        model.get_parameter(f"{plan.sites[0].site.down}.weight")[0, 0] += 1
+    assert [entry.site.layer for entry in hf_geglu.collapse(model).plan.sites] == [1]
 
 
 def test_tolerance_is_a_bound_that_holds():

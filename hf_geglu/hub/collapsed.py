@@ -27,6 +27,7 @@ def write_collapsed_card(
 
     base, licence = provenance.base, inherited.licence
     trained = bool(provenance.trainings) or not _is_base(made, provenance)
+    more: dict[str, Any] = {"base_model_relation": "finetune"} if base.id and trained else {}
     data = ModelCardData(
         base_model=base.id,
         language=inherited.language,
@@ -36,7 +37,7 @@ def write_collapsed_card(
         license_link=licence.license_link,
         pipeline_tag=inherited.pipeline_tag,
         tags=["hf_geglu"],
-        **({"base_model_relation": "finetune"} if base.id and trained else {}),
+        **more,
     )
     target = folder / (CARD if is_ours(folder / CARD) else OURS_BESIDE)
     target.parent.mkdir(exist_ok=True)
