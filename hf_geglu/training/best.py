@@ -1,0 +1,73 @@
+"""The best model so far, by its held-out loss, and when to stop because there will hardly be a better one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from hf_geglu.errors import TrainingError
+from hf_geglu.training.records import EvalRecord
+
+
+class BestModel:
+    """Keeps the trainable weights of the best evaluation on the CPU, and counts evaluations without a better one."""
+
+    def __init__(self, model: nn.Module, *, keep: bool, patience: int, threshold: float) -> None:
+        """Nothing was seen yet.
+
+        Args:
+            model: whose trainable parameters are kept.
+            keep: whether to keep weights at all.
+            patience: stop after so many evaluations in a row that were not better; 0 never stops.
+            threshold: nats that the loss has to fall by to count as better.
+        """
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._keep, self._patience, self._threshold = keep, patience, threshold
+        self._weights: dict[str, Tensor] = {}
+        self._nll, self._waited = math.inf, 0
+        self.step: int | None = None
+
+    def see(self, record: EvalRecord) -> None:
+        """Take note of an evaluation of the model as it is now."""
+        if self._note(record) and self._keep:
+            self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether patience is at its end."""
+        return 0 < self._patience <= self._waited
+
+    def give(self) -> None:
+        """Leave the best weights in the model, if any were kept."""
+        for name, value in self._weights.items():
+            self._parameters[name].data.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return dict(self._weights)
+
+    def load(self, records: Sequence[EvalRecord], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint: its evaluations, and `tensors()`.
+
+        Raises:
+            TrainingError: the weights are not there, or of another model.
+        """
+        for record in records:
+            self._note(record)
+        if not self._keep or self.step is None:
+            return
+        if tensors.keys() != self._parameters.keys():
+            raise TrainingError(
+                f"the checkpoint does not hold the weights of its best evaluation, after step {self.step}: expected "
+                "those of this model. Resume without --load_best_model_at_end, or start anew."
+            )
+        self._weights = dict(tensors)
+
+    def _note(self, record: EvalRecord) -> bool:
+        better = record.nll < self._nll
+        self._waited = 0 if record.nll < self._nll - self._threshold else self._waited + 1
+        if better:
+            self._nll, self.step = record.nll, record.step
+        return better
