@@ -28,7 +28,7 @@ from hf_geglu.training import (
     evaluate,
     train,
 )
-from hf_geglu.training.loop import make_accelerator
+from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.objectives import IGNORED
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 

@@ -82,13 +82,16 @@ def test_the_best_model_survives_a_checkpoint() -> None:
     best = BestModel(model, keep=True, patience=0, threshold=0.0)
     best.see(record(0, 2.0))
     again = BestModel(llama(), keep=True, patience=0, threshold=0.0)
-    again.load([record(0, 2.0)], best.tensors())
+    again.load(best.tensors())
+    again.recall([record(0, 2.0)])
     moved(model, 1)
     again.see(record(1, 2.5))
     assert again.step == 0
     assert not again.should_stop
     with pytest.raises(TrainingError, match="does not hold the weights of its best evaluation, after step 0"):
-        BestModel(llama(), keep=True, patience=0, threshold=0.0).load([record(0, 2.0)], {})
+        BestModel(llama(), keep=True, patience=0, threshold=0.0).recall([record(0, 2.0)])
+    with pytest.raises(TrainingError, match="other parameters"):
+        BestModel(gpt2(), keep=True, patience=0, threshold=0.0).load(best.tensors())
 
 
 @pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (1.0, 1.0), (0.3, 2.0)])

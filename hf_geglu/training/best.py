@@ -48,22 +48,32 @@ class BestModel:
         """For a checkpoint."""
         return dict(self._weights)
 
-    def load(self, records: Sequence[EvalRecord], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint: its evaluations, and `tensors()`.
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back `tensors()`.
 
         Raises:
-            TrainingError: the weights are not there, or of another model.
+            TrainingError: they are of another model.
+        """
+        if tensors and tensors.keys() != self._parameters.keys():
+            raise TrainingError(
+                "the best weights of the checkpoint are of other parameters: expected the same model, and the same "
+                "--train. Give them as then."
+            )
+        self._weights = dict(tensors)
+
+    def recall(self, records: Sequence[EvalRecord]) -> None:
+        """Take note of the evaluations before a checkpoint, after `load`.
+
+        Raises:
+            TrainingError: the weights of the best of them were not kept.
         """
         for record in records:
             self._note(record)
-        if not self._keep or self.step is None:
-            return
-        if tensors.keys() != self._parameters.keys():
+        if self._keep and self.step is not None and not self._weights:
             raise TrainingError(
-                f"the checkpoint does not hold the weights of its best evaluation, after step {self.step}: expected "
-                "those of this model. Resume without --load_best_model_at_end, or start anew."
+                f"the checkpoint does not hold the weights of its best evaluation, after step {self.step}: expected a "
+                "run that was started with --load_best_model_at_end. Leave it out, or start anew."
             )
-        self._weights = dict(tensors)
 
     def _note(self, record: EvalRecord) -> bool:
         better = record.nll < self._nll

@@ -4,6 +4,7 @@ pickle.
     checkpoint-N/
       config.json, model.safetensors, tokenizer...   the model, as save_pretrained writes it: from_pretrained reads it
       optimizer.safetensors                          AdamW's state by parameter name
+      best.safetensors, average.safetensors          weights that a run keeps beside its own
       rng-P.safetensors                              random generators of process P
       progress.json                                  step, position in the data, schedule, settings, history
 
@@ -19,9 +20,10 @@ import random
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -47,14 +49,9 @@ MAY_CHANGE = frozenset(
         # How long, how often, where and how fast, but not what is computed from a draw.
         *("max_steps", "num_train_epochs", "eval_steps", "save_steps", "logging_steps", "use_cpu"),
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        *(
-            "mixed_precision",
-            "bf16",
-            "fp16",
-            "gradient_checkpointing",
-            "chunked_cross_entropy",
-            "ddp_find_unused_parameters",
-        ),
+        *("early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end"),
+        *("mixed_precision", "bf16", "fp16", "gradient_checkpointing", "chunked_cross_entropy"),
+        "ddp_find_unused_parameters",
     }
 )
 """Settings that a resumed run may have different from the run before."""
@@ -95,6 +92,16 @@ def fingerprint(blocks: Blocks, objective: Objective) -> dict[str, Any]:
     return plain
 
 
+class Companion(Protocol):
+    """What keeps weights of its own during a run."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by parameter; empty for none."""
+
+    def load(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Go on from what `tensors` gave."""
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """The live objects that a checkpoint is a picture of."""
@@ -105,6 +112,8 @@ class TrainingState:
     scaler: Any
     settings: TrainSettings
     data: dict[str, Any]
+    companions: Mapping[str, Companion] = field(default_factory=dict)
+    """By the name of their file."""
 
     def write(self, folder: Path, progress: Progress, tokenizer: Any) -> None:
         """Everything but the random generators, into an existing folder.
@@ -123,6 +132,9 @@ class TrainingState:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         save_file(optimizer_tensors(self.model, self.optimizer), folder / "optimizer.safetensors")
+        for name, companion in self.companions.items():
+            if tensors := companion.tensors():
+                save_file({key: value.contiguous() for key, value in tensors.items()}, _file_of(folder, name))
         state = {
             "format": FORMAT,
             "step": progress.step,
@@ -167,6 +179,9 @@ class TrainingState:
             logger.info("resuming with other settings: %s", "; ".join(changed))
         _load_weights(self.model, folder)
         load_optimizer_tensors(self.model, self.optimizer, load_file(folder / "optimizer.safetensors"))
+        for name, companion in self.companions.items():
+            if _file_of(folder, name).exists():
+                companion.load(load_file(_file_of(folder, name)))
         load_scheduler_state(self.scheduler, saved["scheduler"])
         if self.scaler is not None and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -181,6 +196,10 @@ class TrainingState:
             steps=[StepRecord(**record) for record in saved["steps"]],
             evals=[EvalRecord(**record) for record in saved["evals"]],
         )
+
+
+def _file_of(folder: Path, companion: str) -> Path:
+    return folder / f"{companion}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ def training_record(
         rows.append(_row("original", control.evals[0]))
     if trained.evals:
         rows.append(_row("step 0" if settings.model.convert else "before this training", trained.evals[0]))
-        rows.append(_row(f"step {trained.evals[-1].step}", trained.evals[-1]))
-    if control is not None and control.evals:
-        rows.append(_row(f"control, step {control.evals[-1].step}", control.evals[-1]))
+    for name, run in (("", trained), ("control, ", control)):
+        if run is not None and run.final is not None:
+            rows.append(_row(f"{name}step {run.final.step}", run.final))
     name, hub_id = _data_name(settings.data)
     told = {key: getattr(settings.train, key) for key in _TOLD}
     return TrainingRecord(

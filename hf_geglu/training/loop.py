@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +22,22 @@ from torch import nn
 
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.modes import in_mode
+from hf_geglu.training.accelerator import make_accelerator, without_marks
+from hf_geglu.training.averaging import WeightAverage
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
+from hf_geglu.training.best import BestModel
 from hf_geglu.training.checkpoint import CheckpointFolder, Progress, TrainingState, fingerprint
+from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
 from hf_geglu.training.head import Head, NoHead, find_head
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
+from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, seed_generators
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import TrainSettings
 from hf_geglu.training.trainable import choose_trainable, value_masks
 
 logger = logging.getLogger(__name__)
-
-
-def make_accelerator(settings: TrainSettings) -> Any:
-    """An `accelerate.Accelerator` for these settings, for the process that `accelerate launch` or plain python started.
-
-    Raises:
-        ConfigurationError: accelerate is not installed, the precision does not go with the device, or the strategy is
-        not supported.
-    """
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise ConfigurationError(
-            "accelerate is not installed: expected it for training. Run: pip install 'hf_geglu[train]'"
-        ) from error
-    # accelerate keeps one state a process and refuses another precision; a second run in the same process may want one.
-    if AcceleratorState._shared_state:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=settings.precision(),
-            cpu=settings.use_cpu,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.ddp_find_unused_parameters)],
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"mixed_precision={settings.precision() or 'as launched'}: {error} Use --mixed_precision bf16 or no, or "
-            "another device."
-        ) from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigurationError(
-            "fp16 mixed precision on a CPU: expected a GPU, which has fp16 arithmetic. Use bf16, or no mixed precision."
-        )
-    # The loop weighs forwards by tokens; accelerate would divide by their number once more (`accelerate launch` can
-    # set it).
-    accelerator.gradient_accumulation_steps = 1
-    strategy = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if strategy not in {"NO", "MULTI_CPU", "MULTI_GPU"}:
-        raise ConfigurationError(
-            f"distributed strategy {strategy}: expected one process, or several with whole copies of the model (DDP). "
-            "Run `accelerate config` again without FSDP, DeepSpeed or Megatron."
-        )
-    return accelerator
 
 
 def train(
@@ -91,6 +52,7 @@ def train(
     checkpoints: CheckpointFolder | None = None,
     resume_from: Path | None = None,
     accelerator: Any = None,
+    teacher: nn.Module | None = None,
 ) -> TrainResult:
     """Train `model` in place.
 
@@ -101,14 +63,22 @@ def train(
 
     Args:
         model: anything that takes input_ids and returns logits.
-        train_blocks: blocks of tokens, each a mapping with input_ids (and perhaps attention_mask, labels), a tensor
-        or a list of ids;
-            a list or Dataset of them, or a stream.
+        train_blocks: blocks of tokens, each a mapping with input_ids (and perhaps attention_mask, labels), a tensor or
+            a list of ids; a list or Dataset of them, or a stream.
         eval_blocks: the same, to evaluate on at step 0, every `settings.eval_steps` and at the end; None: no
-        evaluation. settings: how to train. objective: what is predicted; by default the next token. on_step: called
-        after each step. What it raises ends the training. on_eval: called after each evaluation. checkpoints: where
-        checkpoints go, every `settings.save_steps` and at the end; None: nowhere. resume_from: a checkpoint of this
-        run to go on from. accelerator: by default one is made.
+            evaluation.
+        settings: how to train.
+        objective: what is predicted; by default the next token.
+        on_step: called after each step. What it raises ends the training.
+        on_eval: called after each evaluation.
+        checkpoints: where checkpoints go, every `settings.save_steps` and at the end; None: nowhere.
+        resume_from: a checkpoint of this run to go on from.
+        accelerator: by default one is made.
+        teacher: what `settings.distill` learns from; moved to the device of the accelerator, otherwise left as it is.
+
+    Returns:
+        Steps and evaluations. The model has the weights of the last step, of their average (`settings.ema_decay`), or
+        of the best evaluation (`settings.load_best_model_at_end`).
 
     Raises:
         ConfigurationError: settings that cannot be.
@@ -123,37 +93,53 @@ def train(
     )
     total = step_count(settings, train_blocks, shape)
     with ExitStack() as cleanup:
-        cleanup.enter_context(_without_marks(model))
-        cleanup.enter_context(_gradient_checkpointing(model, settings))
-        _cast(model, settings)
+        cleanup.enter_context(without_marks(model))
+        cleanup.enter_context(gradient_checkpointing(model, settings))
+        cast_weights(model, settings)
         model.to(accelerator.device)
-        head = _head(model, settings)
+        loss_of = _loss(model, settings, teacher, accelerator)
         trained = choose_trainable(model, settings.trainable)
         cleanup.enter_context(trained.only(model))
         optimizer = make_optimizer(model, settings, values=trained.values or _values_of(model, settings))
         scheduler = make_scheduler(optimizer, settings, total_steps=total)
-        _seed(settings.seed + int(accelerator.process_index))
+        average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+        best = BestModel(
+            model,
+            keep=settings.load_best_model_at_end,
+            patience=settings.early_stopping_patience,
+            threshold=settings.early_stopping_threshold,
+        )
+        seed_generators(settings.seed + int(accelerator.process_index))
         state = TrainingState(
-            model, optimizer, scheduler, accelerator.scaler, settings, fingerprint(train_blocks, objective)
+            model,
+            optimizer,
+            scheduler,
+            accelerator.scaler,
+            settings,
+            fingerprint(train_blocks, objective),
+            companions={"best": best} | ({} if average is None else {"average": average}),
         )
         progress = (
             Progress.start() if resume_from is None else state.restore(resume_from, int(accelerator.process_index))
         )
+        best.recall(progress.evals)
         prepared, stepper = accelerator.prepare(model, optimizer)
         cleanup.enter_context(in_mode(prepared, training=True))
 
         def evaluate_now(step: int) -> None:
             if eval_blocks is None or any(record.step == step for record in progress.evals):
                 return
-            result = evaluate(
-                prepared,
-                eval_blocks,
-                objective=objective,
-                batch_size=settings.per_device_eval_batch_size,
-                accelerator=accelerator,
-                head=head,
-            )
-            progress.evals.append(EvalRecord.at(step, result))
+            with nullcontext() if average is None else average.in_place():
+                result = evaluate(
+                    prepared,
+                    eval_blocks,
+                    objective=objective,
+                    batch_size=settings.per_device_eval_batch_size,
+                    accelerator=accelerator,
+                    head=loss_of.head,
+                )
+                progress.evals.append(EvalRecord.at(step, result))
+                best.see(progress.evals[-1])
             if on_eval:
                 on_eval(progress.evals[-1])
 
@@ -167,13 +153,13 @@ def train(
             start=progress.draws,
             process=int(accelerator.process_index),
         )
-        while progress.step < total:
+        while progress.step < total and not best.should_stop:
             step = progress.step + 1
             begin = time.perf_counter()
             micro_batches = next(batches)
             rate = float(scheduler.get_last_lr()[0])
             with without_cache(model):
-                loss, predicted, tokens = _accumulate(prepared, micro_batches, accelerator, head)
+                loss, predicted, tokens = _accumulate(prepared, micro_batches, accelerator, loss_of)
             if not math.isfinite(loss):
                 raise _not_finite("loss", loss, step, rate, checkpoints)
             norm = float(accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm or math.inf))
@@ -185,16 +171,28 @@ def train(
             if not accelerator.optimizer_step_was_skipped:
                 scheduler.step()
             stepper.zero_grad()
+            if average is not None:
+                average.update(step)
             record = StepRecord(step, loss, rate, norm, tokens, predicted, time.perf_counter() - begin)
             progress.advance(record, draws=shape.per_step)
             if on_step:
                 on_step(record)
             if step == total or (settings.eval_steps and step % settings.eval_steps == 0):
                 evaluate_now(step)
-            if checkpoints and settings.save_steps and (step == total or step % settings.save_steps == 0):
+            last = step == total or best.should_stop
+            if checkpoints and settings.save_steps and (last or step % settings.save_steps == 0):
                 checkpoints.save(state, progress, accelerator)
-        evaluate_now(total)
-    return TrainResult(tuple(progress.steps), tuple(progress.evals))
+        evaluate_now(progress.step)
+        if best.should_stop and progress.step < total:
+            logger.info(
+                "stopped after step %d: the best held-out loss was that after step %s", progress.step, best.step
+            )
+        if settings.load_best_model_at_end and best.step is not None:
+            best.give()
+        elif average is not None:
+            average.give()
+    chosen = best.step if settings.load_best_model_at_end else None
+    return TrainResult(tuple(progress.steps), tuple(progress.evals), best_step=chosen)
 
 
 def _values_of(model: nn.Module, settings: TrainSettings) -> dict[str, torch.Tensor]:
@@ -214,19 +212,43 @@ def _values_of(model: nn.Module, settings: TrainSettings) -> dict[str, torch.Ten
     return masks
 
 
-def _head(model: nn.Module, settings: TrainSettings) -> Head | NoHead:
-    """Where the loss is computed; says so where the logits are needed for it."""
-    if settings.chunked_cross_entropy == "off":
-        return NoHead("chunked_cross_entropy is off")
-    head = find_head(model)
-    if isinstance(head, NoHead):
-        logger.info("the logits of a forward are made whole: %s", head.reason)
-    return head
+@dataclass(frozen=True)
+class _Loss:
+    """What a forward is summed to: the labels' negative log-likelihood, or that and what a teacher says."""
+
+    head: Head | NoHead
+    distillation: Distillation | None
+    accelerator: Any
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        if self.distillation is None:
+            return summed_nll(model, batch, self.head)
+        return self.distillation.summed(model, batch, autocast=self.accelerator.autocast())
 
 
-def _accumulate(
-    model: nn.Module, batches: list[Batch], accelerator: Any, head: Head | NoHead
-) -> tuple[float, int, int]:
+def _loss(model: nn.Module, settings: TrainSettings, teacher: nn.Module | None, accelerator: Any) -> _Loss:
+    """The loss of these settings; says so where the logits are needed for it.
+
+    Raises:
+        ConfigurationError: a teacher without --distill, or the other way round.
+    """
+    if (teacher is None) != (settings.distill == 0):
+        raise ConfigurationError(
+            f"distill={settings.distill:g} {'without' if teacher is None else 'with'} a teacher: expected a share "
+            "above 0 and a model to learn from, or neither. Set both or none."
+        )
+    head: Head | NoHead = NoHead("chunked_cross_entropy is off")
+    if settings.chunked_cross_entropy == "auto":
+        head = find_head(model)
+        if isinstance(head, NoHead):
+            logger.info("the logits of a forward are made whole: %s", head.reason)
+    if teacher is None:
+        return _Loss(head, None, accelerator)
+    teacher.to(accelerator.device)
+    return _Loss(head, Distillation(teacher, settings.distill, settings.distill_temperature), accelerator)
+
+
+def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any, loss_of: _Loss) -> tuple[float, int, int]:
     """Backward of the mean loss over all forwards and processes of a step; returns (loss, predicted, tokens)."""
     counts = torch.tensor(
         [
@@ -245,7 +267,7 @@ def _accumulate(
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = summed_nll(model, to_device(batch, accelerator.device), head) * share
+            loss = loss_of(model, to_device(batch, accelerator.device)) * share
             accelerator.backward(loss)
         total += loss.detach()
     return float(accelerator.reduce(total, reduction="mean")), predicted, tokens
@@ -258,66 +280,3 @@ def _not_finite(what: str, value: float, step: int, rate: float, checkpoints: Ch
         f"{what} became {value} at step {step} (learning rate {rate:.3g}): expected a finite number. Training stopped "
         f"before the update; {left}. Lower --learning_rate, add --warmup_steps, or use bf16 rather than fp16."
     )
-
-
-def _seed(seed: int) -> None:
-    """Seed what dropout and remote code may draw from. Processes differ, so that their dropout does."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        import numpy
-    except ImportError:
-        return
-    numpy.random.seed(seed % 2**32)
-
-
-def _cast(model: nn.Module, settings: TrainSettings) -> None:
-    """Weights in the type they are trained in; says so where that changes something."""
-    if settings.dtype == "auto":
-        return
-    wanted: torch.dtype = getattr(torch, settings.dtype)
-    found = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32)} - {
-        wanted
-    }
-    if found:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        logger.info("weights in %s are cast to %s for training (--dtype auto leaves them)", names, settings.dtype)
-        model.to(wanted)
-
-
-@contextmanager
-def _gradient_checkpointing(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
-    """Gradient checkpointing for the run, if it is wanted and not on already.
-
-    Raises:
-        ConfigurationError: a model that cannot.
-    """
-    module: Any = model
-    if not settings.gradient_checkpointing or getattr(module, "is_gradient_checkpointing", False):
-        yield
-        return
-    if not getattr(module, "supports_gradient_checkpointing", False):
-        raise ConfigurationError(
-            f"--gradient_checkpointing with {type(model).__name__}: expected a model that supports it. Leave it out."
-        )
-    # The reentrant form loses the gradients of blocks whose inputs need none.
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        module.gradient_checkpointing_disable()
-
-
-@contextmanager
-def _without_marks(model: nn.Module) -> Iterator[None]:
-    """Take off what accelerate hangs on the instance (a wrapped `forward`, a mark that it is prepared).
-
-    They would outlive the accelerator: the next `train` would take the model for prepared, and a later conversion
-    would keep calling the old forward.
-    """
-    before = set(vars(model))
-    try:
-        yield
-    finally:
-        for name in set(vars(model)) - before:
-            vars(model).pop(name)

@@ -57,10 +57,18 @@ class TrainResult:
     Attributes:
         steps: one record a step, in order.
         evals: one record an evaluation: step 0, along the way, the end. Empty without evaluation blocks.
+        best_step: the evaluation whose weights the model was left with, where those are not the last ones.
     """
 
     steps: tuple[StepRecord, ...]
     evals: tuple[EvalRecord, ...]
+    best_step: int | None = None
+
+    @property
+    def final(self) -> EvalRecord | None:
+        """The evaluation of the model as it was left."""
+        kept = [record for record in self.evals if record.step == self.best_step] or self.evals
+        return kept[-1] if kept else None
 
     @property
     def losses(self) -> tuple[float, ...]:

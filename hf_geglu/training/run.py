@@ -19,13 +19,14 @@ from torch import nn
 
 from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
 from hf_geglu.hub import load
+from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
 from hf_geglu.training.corpus import Corpus, load_corpus
 from hf_geglu.training.curves import LiveCurves
 from hf_geglu.training.lineage import training_record
 from hf_geglu.training.log import Narrator, RunLog, to_json
-from hf_geglu.training.loop import make_accelerator, train
+from hf_geglu.training.loop import train
 from hf_geglu.training.objectives import Objective, Task, objective_for
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 from hf_geglu.training.output import RunFolder, check_output
@@ -70,8 +71,8 @@ class RunResult:
         for name, run in runs:
             losses = [f"{run.losses[0]:.4f}", f"{run.losses[-1]:.4f}"] if run.steps else ["-", "-"]
             evals = ["-"] * 3
-            if run.evals:
-                evals = [f"{run.evals[0].nll:.4f}", f"{run.evals[-1].nll:.4f}", f"{run.evals[-1].perplexity:.2f}"]
+            if run.final is not None:
+                evals = [f"{run.evals[0].nll:.4f}", f"{run.final.nll:.4f}", f"{run.final.perplexity:.2f}"]
             rows.append((name, *losses, *evals, f"{run.tokens_per_second:,.0f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
@@ -96,6 +97,7 @@ def _summary(run: TrainResult) -> dict[str, Any]:
     return {
         "losses": run.losses,
         "evals": [asdict(record) for record in run.evals],
+        "best_step": run.best_step,
         "tokens": run.tokens,
         "seconds": round(run.seconds, 3),
         "tokens_per_second": round(run.tokens_per_second, 1),
@@ -143,11 +145,10 @@ def finetune(
     total = step_count(settings.train, corpus.train, shape)
     _check_schedule(settings.train, total)
     curves = LiveCurves(folder.path, title=f"{Path(model_settings.model_name_or_path).name}: held-out loss")
-    run = _Run(settings, objective, corpus, tokenizer, folder, total, curves)
-
     model = _load_model(model_settings, task, settings.train.dtype)
     _check_vocabulary(model, corpus)
     report = None
+    teacher = _load_model(model_settings, task, settings.train.dtype) if settings.train.distill else None
     if model_settings.control:  # trains the same part, which it must have; said before anything is trained
         choose_trainable(model, settings.train.trainable)
     if model_settings.convert:
@@ -155,6 +156,7 @@ def finetune(
         _tell(accelerator, str(report))
     for line in corpus.lines:
         _tell(accelerator, line)
+    run = _Run(settings, objective, corpus, tokenizer, folder, total, curves, teacher)
     trained = run.train("model", model, folder.path, resume_from)
     if accelerator.is_main_process:
         record = training_record(settings, task, corpus, trained)
@@ -186,6 +188,7 @@ class _Run:
     folder: RunFolder
     total: int
     curves: LiveCurves
+    teacher: nn.Module | None
 
     def train(self, name: str, model: nn.Module, place: Path, resume_from: Path | None) -> TrainResult:
         # One for each training: an accelerator holds on to the models that it prepared.
@@ -223,6 +226,7 @@ class _Run:
                 checkpoints=checkpoints,
                 resume_from=resume_from,
                 accelerator=accelerator,
+                teacher=self.teacher,
             )
 
     def _begin(self) -> None:

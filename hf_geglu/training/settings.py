@@ -84,6 +84,14 @@ class TrainSettings:
     lr_scheduler_kwargs: str | None = _flag(None, "more for the schedule, as JSON: '{\"min_lr\": 1e-6}'")
     warmup_steps: float = _flag(0.0, "steps of linear warm-up; below 1 a share of all steps", unit="steps", off="0")
     warmup_ratio: float = _flag(0.0, "the same as a share of all steps", unit="0..1", off="0")
+    ema_decay: float = _flag(0.0, "moving average of the weights, which is what is evaluated and saved", off="0")
+    distill: float = _flag(0.0, "share of the loss that is KL to the original model", unit="0..1", off="0")
+    distill_temperature: float = _flag(1.0, "temperature of both distributions of --distill")
+    load_best_model_at_end: bool = _flag(False, "save the weights of the best evaluation, not the last ones")
+    early_stopping_patience: int = _flag(
+        0, "stop after so many evaluations without a better one", unit="evaluations", off="0"
+    )
+    early_stopping_threshold: float = _flag(0.0, "how much better counts as better", unit="nats")
     max_grad_norm: float = _flag(1.0, "gradients are scaled down to this norm", off="0")
     adam_beta1: float = _flag(0.9, "AdamW: decay of the mean gradient")
     adam_beta2: float = _flag(0.999, "AdamW: decay of the mean squared gradient")
@@ -124,9 +132,15 @@ class TrainSettings:
             "eval_steps",
             "save_steps",
             "logging_steps",
+            "early_stopping_patience",
+            "early_stopping_threshold",
         ):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "0 or more", "0 switches it off.")
-        for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+        _require(0 <= self.distill <= 1, f"distill={self.distill:g}", "0 to 1", "1 leaves the labels out.")
+        _require(
+            self.distill_temperature > 0, f"distill_temperature={self.distill_temperature:g}", "above 0", "1 is usual."
+        )
+        for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "0 <= value < 1", "Give a share.")
         _require(
             0 < self.layerwise_lr_decay <= 1,

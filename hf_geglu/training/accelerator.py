@@ -1,0 +1,71 @@
+"""The `accelerate.Accelerator` of a run, and what of its doing must not outlive it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from hf_geglu.errors import ConfigurationError
+from hf_geglu.training.settings import TrainSettings
+
+
+def make_accelerator(settings: TrainSettings) -> Any:
+    """An `accelerate.Accelerator` for these settings, for the process that `accelerate launch` or plain python started.
+
+    Raises:
+        ConfigurationError: accelerate is not installed, the precision does not go with the device, or the strategy is
+        not supported.
+    """
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise ConfigurationError(
+            "accelerate is not installed: expected it for training. Run: pip install 'hf_geglu[train]'"
+        ) from error
+    # accelerate keeps one state a process and refuses another precision; a second run in the same process may want one.
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.precision(),
+            cpu=settings.use_cpu,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.ddp_find_unused_parameters)],
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"mixed_precision={settings.precision() or 'as launched'}: {error} Use --mixed_precision bf16 or no, or "
+            "another device."
+        ) from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigurationError(
+            "fp16 mixed precision on a CPU: expected a GPU, which has fp16 arithmetic. Use bf16, or no mixed precision."
+        )
+    # The loop weighs forwards by tokens; accelerate would divide by their number once more (`accelerate launch` can
+    # set it).
+    accelerator.gradient_accumulation_steps = 1
+    strategy = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if strategy not in {"NO", "MULTI_CPU", "MULTI_GPU"}:
+        raise ConfigurationError(
+            f"distributed strategy {strategy}: expected one process, or several with whole copies of the model (DDP). "
+            "Run `accelerate config` again without FSDP, DeepSpeed or Megatron."
+        )
+    return accelerator
+
+
+@contextmanager
+def without_marks(model: nn.Module) -> Iterator[None]:
+    """Take off what accelerate hangs on the instance (a wrapped `forward`, a mark that it is prepared).
+
+    They would outlive the accelerator: the next `train` would take the model for prepared, and a later conversion
+    would keep calling the old forward.
+    """
+    before = set(vars(model))
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - before:
+            vars(model).pop(name)
