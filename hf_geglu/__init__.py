@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_geglu.hub.loading import from_pretrained
     from hf_geglu.hub.push import push
     from hf_geglu.hub.saving import save_folder
+    from hf_geglu.inspecting import GateReport, inspect_gates
     from hf_geglu.plan import Plan, make_plan
     from hf_geglu.sites import FoundSites, Rejection, Site, find_sites
     from hf_geglu.surgery import forget_original, revert
@@ -34,6 +35,7 @@ __all__ = [
     "CollapseReport",
     "Comparison",
     "FoundSites",
+    "GateReport",
     "HfGegluError",
     "Plan",
     "Rejection",
@@ -48,6 +50,7 @@ __all__ = [
     "forget_original",
     "from_pretrained",
     "geglu_config",
+    "inspect_gates",
     "make_plan",
     "push",
     "revert",
@@ -58,6 +61,7 @@ _HOMES = {
     "CollapseReport": "collapsing",
     "Comparison": "distance",
     "FoundSites": "sites",
+    "GateReport": "inspecting",
     "Plan": "plan",
     "Rejection": "sites",
     "Report": "verify",
@@ -70,6 +74,7 @@ _HOMES = {
     "forget_original": "surgery",
     "from_pretrained": "hub.loading",
     "geglu_config": "config",
+    "inspect_gates": "inspecting",
     "make_plan": "plan",
     "push": "hub.push",
     "revert": "surgery",

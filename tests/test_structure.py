@@ -31,6 +31,7 @@ LAYERS = [
     ["provenance"],
     ["converting", "config"],
     ["collapsing"],
+    ["inspecting"],
     ["hub"],
     ["neighbours", "checkpoint"],
     ["training"],
