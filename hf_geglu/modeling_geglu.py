@@ -156,14 +156,22 @@ def widen(up: nn.Module, width: int) -> nn.Module:
 def _widen_stack(model: nn.Module, path: str, dim: int) -> None:
     """The same for a parameter that holds the matrices of all experts, with their outputs in `dim`, and its bias if it
     has one (where `expand` put it)."""
-    owner, _, name = path.rpartition(".")
-    held = model.get_submodule(owner)._parameters
-    for each, outputs in ((name, dim), ("bias" if name == "weight" else f"{name}_bias", -1)):
-        old = held.get(each)
+    for full, outputs in ((path, dim), (stack_bias(path), -1)):
+        owner, _, name = full.rpartition(".")
+        held = model.get_submodule(owner)._parameters
+        old = held.get(name)
         if old is not None:
             shape = list(old.shape)
             shape[outputs] *= 2
-            held[each] = nn.Parameter(old.new_empty(shape))
+            held[name] = nn.Parameter(old.new_empty(shape))
+
+
+def stack_bias(path: str) -> str:
+    """Name of the bias of the experts whose matrices lie in the parameter at `path`: beside it, ``gate_up_proj_bias``,
+    ``fc1.bias``. It need not be there."""
+    owner, _, name = path.rpartition(".")
+    own = "bias" if name == "weight" else f"{name}_bias"
+    return f"{owner}.{own}" if owner else own
 
 
 def set_attribute(root: nn.Module, path: str, value: Any) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 
 from hf_geglu.errors import SiteError
 from hf_geglu.modeling_geglu import get_attribute
-from hf_geglu.sites.find import as_site
 from hf_geglu.sites.observe import observe
+from hf_geglu.sites.placing import as_site
 from hf_geglu.sites.projections import within
 from hf_geglu.sites.site import FoundSites, Site, innermost
 from hf_geglu.sites.twin import Mold

@@ -8,7 +8,8 @@ from torch import nn
 from hf_geglu.sites.arguments import shapes
 from hf_geglu.sites.hypotheses import Hypotheses
 from hf_geglu.sites.isolation import isolated
-from hf_geglu.sites.observe import Recipe, play, visible
+from hf_geglu.sites.observe import visible
+from hf_geglu.sites.running import Recipe, play
 from hf_geglu.sites.twin import Mold
 from hf_geglu.sites.verdict import rows
 

@@ -16,7 +16,6 @@ class Stacks:
 
     path: str
     """Of the module that holds them, itself or in children of one stack each."""
-    class_name: str
     shapes: dict[str, tuple[int, ...]]
     """Of the parameters, by their paths below the module."""
     errors: list[str] = field(default_factory=list)
@@ -54,7 +53,7 @@ def stacks_of(module: nn.Module, path: str) -> Stacks | None:
     together = all("." not in name for name in shapes) or len({shape[0] for shape in shapes.values()}) == 1
     if len(shapes) < 2 or not together:
         return None
-    return Stacks(path, type(module).__name__, shapes)
+    return Stacks(path, shapes)
 
 
 def _holders(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

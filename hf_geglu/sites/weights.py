@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from hf_geglu.modeling_geglu import stack_bias
 from hf_geglu.sites.site import Projection, Site
 
 _OUTPUT_DIM: Mapping[Projection, int] = MappingProxyType(
@@ -30,11 +31,8 @@ def weight_name(path: str, projection: Projection) -> str:
 
 
 def bias_name(path: str, projection: Projection) -> str:
-    """Name of its bias, which need not be there. Stacks have it beside them: ``gate_up_proj_bias``, ``fc1.bias``."""
-    if not is_stack(projection):
-        return f"{path}.bias"
-    owner, _, name = path.rpartition(".")
-    return f"{owner}.bias" if name == "weight" else f"{path}_bias"
+    """Name of its bias, which need not be there."""
+    return stack_bias(path) if is_stack(projection) else f"{path}.bias"
 
 
 def output_dim(projection: Projection) -> int:
