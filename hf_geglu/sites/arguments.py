@@ -15,13 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Filling = Literal["absent", "tensors", "lengths"]
-"""How required arguments that say nothing of themselves are filled: with None, or with tensors like the hidden state.
-The third way also sets optional lengths whose default is 0, which means "none of these" (the queries of a Q-Former),
+Filling = Literal["absent", "tensors", "everything", "lengths"]
+"""How required arguments that say nothing of themselves are filled: with None, or with tensors like the hidden state;
+with those come positions that are added to it, instead of the cosine and sine of a rotation. "everything": those that
+are mostly None (masks, caches) are tensors too, beside a rotation.
+The last way also sets optional lengths whose default is 0, which means "none of these" (the queries of a Q-Former),
 and gives something to attend to."""
 
 SIDE = 2
 TOKENS = SIDE * SIDE
+LONG = 64
+"""Of a signal between wide convolutions, which pad and shrink it."""
 
 _NUMBER = re.compile(r"(^|_)(height|width|h|w|num_frames|frames|grid_h|grid_w)$")
 _ONE = re.compile(r"batch|num_|idx|index|layer_id")
@@ -29,7 +33,7 @@ _GRID = re.compile(r"dimensions|resolution|shape|size|grid")
 _CHOICE = re.compile(r"(top_?k|rout|select|expert).*(ind|idx|ids|experts)")
 _SHARE = re.compile(r"(top_?k|rout|gating|expert).*(weight|score|prob)")
 _ABSENT = re.compile(r"mask|past|cache|position|bias|cu_seqlens|ids$|emb$|rotary|freqs")
-_ALWAYS = frozenset({"position_embeddings"})
+_ALWAYS = re.compile(r"^position_embeddings")
 _STATE = re.compile(r"hidden|residual|input|states|tensor|skip|shortcut|query|^x$")
 
 
@@ -37,7 +41,7 @@ def shapes(width: int, *, channels_first: bool, tokens: int | None = None) -> tu
     """Shapes of a hidden state of this width, the common ones first; images and signals where a block convolves; last
     one with as many `tokens`, where that may matter."""
     sequences = ((1, TOKENS, width), (TOKENS, width), (1, SIDE, SIDE, width))
-    images = ((1, width, SIDE, SIDE), (1, width, TOKENS), (1, width, 4 * SIDE, 4 * SIDE))
+    images = ((1, width, SIDE, SIDE), (1, width, TOKENS), (1, width, 4 * SIDE, 4 * SIDE), (1, width, LONG))
     odd = () if tokens is None else ((1, tokens, width),)
     return (images + sequences if channels_first else sequences) + odd
 
@@ -50,7 +54,7 @@ def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any]
     filled = {
         parameter.name: _value(parameter.name, x, filling)
         for parameter in parameters[1:]
-        if _required(parameter) or parameter.name in _ALWAYS or _routes(parameter.name)
+        if _required(parameter) or _ALWAYS.match(parameter.name) or _routes(parameter.name)
     }
     if filling == "lengths":
         filled.update((parameter.name, SIDE) for parameter in parameters[1:] if _optional_length(parameter))
@@ -62,8 +66,10 @@ def fillings(module: nn.Module) -> tuple[Filling, ...]:
     """The ways of filling that make a difference for this module."""
     others = _parameters(module)[1:]
     ways: tuple[Filling, ...] = ("absent",)
-    if any(_required(parameter) for parameter in others):
+    if any(_required(parameter) or _ALWAYS.match(parameter.name) for parameter in others):
         ways += ("tensors",)
+    if any(_required(parameter) and _ABSENT.search(parameter.name) for parameter in others):
+        ways += ("everything",)
     if any(_optional_length(parameter) for parameter in others):
         ways += ("lengths",)
     return ways
@@ -99,7 +105,7 @@ def _optional_length(parameter: inspect.Parameter) -> bool:
 
 
 def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
-    if name in _ALWAYS:
+    if _ALWAYS.match(name) and filling != "tensors":
         # cosine and sine of no rotation, of width 1: they broadcast against heads of any size
         return x.new_ones(1, TOKENS, 1), x.new_zeros(1, TOKENS, 1)
     if _CHOICE.search(name):
@@ -115,7 +121,7 @@ def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
         return x.detach().clone()
     if _ONE.search(name):
         return 1
-    if _ABSENT.search(name) or filling != "tensors":
+    if filling != "everything" and (_ABSENT.search(name) or filling != "tensors"):
         return None
     return x.detach().clone()
 

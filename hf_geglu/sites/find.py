@@ -9,11 +9,12 @@ from itertools import pairwise
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_geglu.sites.free import MOST, PATIENCE, Free, still_open, unseen_pairs, why_open
+from hf_geglu.inputs import Inputs
+from hf_geglu.sites.free import MOST, PATIENCE, Free, Unrun, still_open, unseen_pairs, why_open
 from hf_geglu.sites.locating import Seen
 from hf_geglu.sites.lone import lone_projection
 from hf_geglu.sites.observe import Probe, observe, visible
-from hf_geglu.sites.overheard import overhear
+from hf_geglu.sites.overheard import Arguments, overhear
 from hf_geglu.sites.placing import as_site
 from hf_geglu.sites.projections import leads_on, read_port, within
 from hf_geglu.sites.signature import Signatures
@@ -22,14 +23,15 @@ from hf_geglu.sites.stacks import Stacks, stacks_of
 from hf_geglu.sites.twin import Mold
 
 
-def search(model: nn.Module) -> FoundSites:
+def search(model: nn.Module, inputs: Inputs | None = None) -> FoundSites:
     """Every FFN block of a model, and every place that might have been one."""
-    return _Search(model).run()
+    return _Search(model, inputs).run()
 
 
 class _Search:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
         self._model = model
+        self._inputs = inputs
         self._mold = Mold(model)
         self._signatures = Signatures()
         self._probes: dict[Hashable, Probe] = {}
@@ -41,20 +43,17 @@ class _Search:
         self._open: list[tuple[str, str, frozenset[str]]] = []
         """Places that stay open unless one of their projections is claimed after all: path, reason, projections."""
         self._stacks: list[Stacks] = []
-        self._unrun: list[tuple[str, tuple[str, ...]]] = []
-        """Blocks that no synthetic arguments fit, with the projections that are open in them."""
+        self._unrun: list[Unrun] = []
 
     def run(self) -> FoundSites:
         left = [] if read_port(self._model) is not None else self._visit(self._model, "")
         self._run_as_the_model_does()
+        self._leave_open()
         self._look_at_lone_projections(left)
         for stacks in self._stacks:
             why = (stacks.errors or ["no block around them is ever called"])[0]
             self._reject(stacks.path, f"stacked matrices ({stacks}): {why}")
-        taken = {path for site in self._sites for path in (site.gate, site.up, site.down)}
-        for path, reason, paths in self._open:
-            if path not in self._rejected and not paths & taken:
-                self._reject(path, reason)
+        self._reject_what_is_open()
         order = {path: index for index, (path, _) in enumerate(self._model.named_modules())}
         last = len(order)
         return FoundSites(
@@ -106,12 +105,9 @@ class _Search:
         if reasons:
             self._reject(path, "; ".join(reasons))
         if probe.seen or reasons:
+            self._look_again_at_the_rest(path, probe, free)
             return []
-        reason = why_open(probe.error, free)
-        if reason is not None:
-            self._open.append((path, reason, frozenset(one.path for one in free)))
-            if probe.error is not None:
-                self._unrun.append((path, open_paths))
+        self._doubt(path, probe.error, free)
         if probe.error is not None and len(free) > MOST:
             return []
         for one in free:
@@ -127,33 +123,76 @@ class _Search:
                 self._ups.add(site.up)
                 self._sites.append(site)
 
+    def _doubt(self, path: str, error: str | None, free: list[Free]) -> None:
+        """A block that showed nothing: what is to be said of it unless that changes."""
+        reason, shadowed = why_open(error, free), all(one.doubts for one in free)
+        if error is not None:
+            self._unrun.append(Unrun(path, tuple(free), reason, shadowed))
+        elif reason is not None and not shadowed:
+            self._open.append((path, reason, frozenset(one.path for one in free)))
+
+    def _look_again_at_the_rest(self, path: str, probe: Probe, free: list[Free]) -> None:
+        """What a block still holds beside the sites that it showed before it broke off: another stream's FFN block."""
+        prefix = f"{path}." if path else ""
+        shown = [*(seen.observation.projections for seen in probe.seen), *(one.projections for one in probe.refused)]
+        explained = {f"{prefix}{relative}" for projections in shown for relative in projections}
+        rest = [one for one in free if one.path not in explained]
+        if probe.error is not None and unseen_pairs(rest):
+            self._unrun.append(Unrun(path, tuple(rest), why_open(probe.error, rest), shadowed=False))
+
     def _run_as_the_model_does(self) -> None:
-        """Another look at the blocks that could not be run, with the arguments that the model gives them."""
-        places = [*self._unrun, *((stacks.path, ()) for stacks in self._stacks)]
+        """Another look at the blocks that could not be run, with the arguments that the model gives them. What then
+        runs is understood; what does not stays open."""
+        places = [*((one.path, one.open_below()) for one in self._unrun), *((one.path, ()) for one in self._stacks)]
         firsts: dict[Hashable, str] = {}
         for path, _ in places:
             firsts.setdefault(self._signatures.of(self._model.get_submodule(path)), path)
-        heard = overhear(self._model, list(firsts.values()), self._mold)
-        for path, open_paths in places:
+        heard = overhear(self._model, list(firsts.values()), self._mold, self._inputs)
+        understood: set[int] = set()
+        for index, (path, open_below) in enumerate(places):
             module = self._model.get_submodule(path)
-            signature = self._signatures.of(module)
-            given = heard.get(firsts[signature])
+            given = heard.get(firsts[self._signatures.of(module)])
             if given is None:
                 continue
-            probe = self._probes.get((signature, open_paths, "given"))
-            if probe is None:
-                stub_sets = list(self._stub_sets(module, open_paths))
-                if len(within(module)) <= 4 * MOST or not stub_sets:
-                    stub_sets.append(())  # with arguments that fit, a block may run as it is; a whole stage is too much
-                probe = observe(module, stub_sets=stub_sets, mold=self._mold, given=given)
-                self._probes[(signature, open_paths, "given")] = probe
+            probe = self._probe_as_given(module, open_below, given)
             self._take(module, path, probe.seen)
-            if probe.refused and not probe.seen and len(open_paths) <= MOST and path not in self._rejected:
+            if probe.refused and not probe.seen and path not in self._rejected:
                 self._reject(path, "; ".join(dict.fromkeys(refusal.reason for refusal in probe.refused)))
+            if probe.error is None and index < len(self._unrun):
+                understood.add(index)
+                for one in self._unrun[index].free:
+                    one.probed.add(id(module))
+        self._unrun = [one for index, one in enumerate(self._unrun) if index not in understood]
         taken = {site.block for site in self._sites}
         self._stacks = [
             stacks for stacks in self._stacks if stacks.path not in taken and stacks.path not in self._rejected
         ]
+
+    def _probe_as_given(self, module: nn.Module, open_below: tuple[str, ...], given: Arguments) -> Probe:
+        signature = (self._signatures.of(module), open_below, "given")
+        probe = self._probes.get(signature)
+        if probe is None:
+            # with arguments that fit, a block may run as it is
+            stub_sets = [*self._stub_sets(module, open_below), ()]
+            probe = observe(module, stub_sets=list(dict.fromkeys(stub_sets)), mold=self._mold, given=given)
+            self._probes[signature] = probe
+        return probe
+
+    def _leave_open(self) -> None:
+        """What could not be run by any means is undecided: of blocks around the same projections, the innermost."""
+        standing: set[str] = set()
+        for one in self._unrun:
+            if one.shadowed and (one.paths & standing or not unseen_pairs(list(one.free))):
+                continue
+            if one.reason is not None:
+                standing |= one.paths
+                self._open.append((one.path, one.reason, one.paths))
+
+    def _reject_what_is_open(self) -> None:
+        taken = {path for site in self._sites for path in (site.gate, site.up, site.down)}
+        for path, reason, paths in self._open:
+            if path not in self._rejected and not paths & taken:
+                self._reject(path, reason)
 
     def _stub_sets(self, module: nn.Module, open_paths: Collection[str]) -> Iterator[tuple[str, ...]]:
         """Which children to replace by noise: first all that hold several projections, then all but one at a time.

@@ -25,6 +25,28 @@ class Free:
     """Blocks that ran and showed no link from this projection to another one inside."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unrun:
+    """A block that no synthetic arguments fit, with the projections that are open in it."""
+
+    path: str
+    free: tuple[Free, ...]
+    reason: str | None
+    """What is said of it unless it is understood after all."""
+    shadowed: bool
+    """Whether one inside it has these projections too; then that one's reason counts as long as it stands."""
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Of its open projections."""
+        return frozenset(one.path for one in self.free)
+
+    def open_below(self) -> tuple[str, ...]:
+        """The same as paths below the block, in their order."""
+        prefix = f"{self.path}." if self.path else ""
+        return tuple(one.path.removeprefix(prefix) for one in self.free)
+
+
 def still_open(free: list[Free]) -> list[Free]:
     """What the next block up may still explain: once in doubt, a projection gets that one more chance."""
     kept = [one for one in free if one.doubts < PATIENCE]
@@ -34,14 +56,13 @@ def still_open(free: list[Free]) -> list[Free]:
 
 
 def why_open(error: str | None, free: list[Free]) -> str | None:
-    """The reason that stands unless a block further up explains these projections; the innermost one counts.
+    """The reason to leave these projections undecided, unless a block further up explains them; None where they cannot
+    be an FFN block.
 
     Args:
         error: why the block that holds them could not be run, None where it was and showed no link.
         free: the projections.
     """
-    if all(one.doubts for one in free):
-        return None
     if error is not None and not _attention_shaped(free):
         return f"could not be run alone on synthetic input: {error}"
     if error is None and len(free) <= MOST and any(_there_and_back(a.port, b.port) for a in free for b in free):

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_geglu.modeling_geglu import expose_activation
 from hf_geglu.sites.arguments import Filling, fill
 from hf_geglu.sites.overheard import Arguments
-from hf_geglu.sites.trace import STUB_FORMS, Rehearsal, Stub, Trace
+from hf_geglu.sites.trace import STUB_FORMS, Rehearsal, Stub, Trace, WidthError
 from hf_geglu.sites.twin import Mold
 
 
@@ -24,6 +25,9 @@ class Recipe:
     shape: tuple[int, ...]
     filling: Filling
     forms: dict[str, int] = field(default_factory=dict)
+    replaced: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Arguments made anew in the width that the projection wants which they reach (keys and values of another model's
+    width), by their places among the floating-point tensors."""
     given: Arguments | None = None
     """What the model itself calls the block with; shape and filling do not count then."""
 
@@ -35,17 +39,39 @@ class Run:
     recipe: Recipe
     trace: Trace
     error: str | None = None
+    misfit: WidthError | None = None
     answer: Any = None
 
 
 def persist(block: nn.Module, mold: Mold, recipe: Recipe) -> Run:
-    """Play a recipe, giving the stub that was called last another form each time the run fails right after it."""
+    """Play a recipe until nothing is left to be changed: an argument whose width a projection refuses is made anew in
+    that width, and the stub that was called last gives another form each time the run fails right after it."""
     while True:
         run = play(block, mold, recipe)
+        if run.error is None:
+            return run
+        if _refitted(run):
+            continue
         stub = run.trace.last_stub
-        if run.error is None or stub is None or recipe.forms.get(stub, 0) + 1 >= STUB_FORMS:
+        if stub is None or recipe.forms.get(stub, 0) + 1 >= STUB_FORMS:
             return run
         recipe.forms[stub] = recipe.forms.get(stub, 0) + 1
+
+
+def _refitted(run: Run) -> bool:
+    """Whether the run failed for the width of one argument, beside the hidden state, that has another one now."""
+    if run.misfit is None or run.recipe.given is not None or not run.misfit.x.requires_grad:
+        return False
+    x, inputs = run.misfit.x, run.trace.inputs
+    grads = torch.autograd.grad(x.sum(), inputs, allow_unused=True)
+    feeding = [index for index, grad in enumerate(grads) if grad is not None]
+    if len(feeding) != 1 or feeding[0] == 0 or feeding[0] in run.recipe.replaced:
+        return False
+    old = inputs[feeding[0]]
+    if not old.ndim or old.shape[-1] != x.shape[-1]:
+        return False
+    run.recipe.replaced[feeding[0]] = run.trace.noise((*old.shape[:-1], run.misfit.wanted))
+    return True
 
 
 def play(
@@ -70,6 +96,7 @@ def play(
         with trace:
             run.answer = twin(*args, **kwargs)
     except Exception as error:
+        run.misfit = error if isinstance(error, WidthError) else None
         run.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return run
 
@@ -80,4 +107,4 @@ def _arguments(twin: nn.Module, recipe: Recipe, trace: Trace) -> tuple[tuple[Any
         x = trace.noise(recipe.shape)
         extra = fill(twin, x, recipe.filling)
         given = Arguments((), {}) if extra is None else Arguments((x,), extra)
-    return given.fresh(trace.inputs)
+    return given.fresh(trace.inputs, recipe.replaced)

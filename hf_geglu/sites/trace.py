@@ -31,6 +31,15 @@ class ProbeError(RuntimeError):
     """The twin did something that a probe cannot follow; the message becomes part of a rejection."""
 
 
+class WidthError(ProbeError):
+    """A projection was given a tensor of another width than it reads."""
+
+    def __init__(self, path: str, x: torch.Tensor, wanted: int) -> None:
+        super().__init__(f"{path} expects width {wanted} and was given {tuple(x.shape)}")
+        self.x = x
+        self.wanted = wanted
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One call of a projection: what went in (with its history for autograd) and the random leaf that came out."""
@@ -154,7 +163,7 @@ class Trace(TorchFunctionMode):
                 channels = x.ndim - len(twin.kernel_size) - 1  # type: ignore[arg-type]
                 shape = (*shape[:channels], 2 * shape[channels], *shape[channels + 1 :])
         elif x.shape[-1] != port.d_in:
-            raise ProbeError(f"{path} expects width {port.d_in} and was given {tuple(x.shape)}")
+            raise WidthError(path, x, port.d_in)
         else:
             shape = (*x.shape[:-1], port.d_out * (2 if widened else 1))
         self.last_stub = None  # whatever goes wrong from here on is not for the form of its answer
@@ -194,7 +203,7 @@ class Trace(TorchFunctionMode):
             path = self._stacks.get(_storage(args[1])) if func in _PAIRS and len(args) > 1 else None
             if path is not None and args[1].ndim > 1:
                 return self._tap_stack(path, func, *args[:2])
-            if any(_costly(argument) for argument in args):
+            if any(_costly(argument) for argument in args) and not _filters(func, args):
                 raise ProbeError("a product with a large weight outside any projection module")
         answer = func(*args, **(kwargs or {}))
         if func in _SELECTIONS and _storage(args[0]) in self._stacks and _storage(answer) not in self._stacks:
@@ -233,7 +242,13 @@ class Trace(TorchFunctionMode):
         return out.clone()  # an in-place activation may write into it
 
 
-_PRODUCTS = frozenset(
+MOST_SPELLED = 1_000_000
+"""The largest filter that is spelled out in memory (8 MB)."""
+
+_CONVOLUTIONS = frozenset(
+    {torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d},
+)
+_PRODUCTS = _CONVOLUTIONS | frozenset(
     {
         torch.nn.functional.linear,
         torch.matmul,
@@ -246,21 +261,11 @@ _PRODUCTS = frozenset(
         torch.baddbmm,
         torch.addmm,
         torch.einsum,
-        torch.nn.functional.conv1d,
-        torch.nn.functional.conv2d,
-        torch.nn.functional.conv3d,
     }
 )
 
 
-_PAIRS = _PRODUCTS - {
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-    torch.nn.functional.conv1d,
-    torch.nn.functional.conv2d,
-    torch.nn.functional.conv3d,
-}
+_PAIRS = _PRODUCTS - _CONVOLUTIONS - {torch.addmm, torch.baddbmm, torch.einsum}
 """Products whose second argument is the weight."""
 _SELECTIONS = frozenset(
     {
@@ -287,6 +292,12 @@ def _costly(value: Any) -> bool:
     if not isinstance(value, torch.Tensor) or value.numel() <= SMALL or value.device.type == "meta":
         return False
     return value.untyped_storage().nbytes() < value.numel()
+
+
+def _filters(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether it is a convolution of each channel by itself with a filter that belongs to no module (an anti-aliasing
+    one): that costs little, however many channels see the same filter."""
+    return func in _CONVOLUTIONS and len(args) > 1 and args[1].shape[1] == 1 and args[1].numel() <= MOST_SPELLED
 
 
 def _convolved(twin: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
