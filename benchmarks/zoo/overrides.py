@@ -44,7 +44,53 @@ _GEMMA4_ASSISTED = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 
+_FOUR = {"num_hidden_layers": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_NECK = {"neck_hidden_sizes": [16, 24, 32, 48]}
+_DPT = {**_NECK, "backbone_config": {"model_type": "dinov2", "image_size": 56, "reshape_hidden_states": False, **_FOUR}}
+_STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_PATCHES = {"model_type": "dinov2", "image_size": 56}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    # as many stages as the neck has levels
+    "depth_anything": _DPT,
+    "prompt_depth_anything": _DPT,
+    "tipsv2_dpt": {
+        **_NECK,
+        "backbone_config": {
+            "model_type": "tipsv2_vision_model",
+            "image_size": 56,
+            "reshape_hidden_states": False,
+            **_FOUR,
+        },
+    },
+    "chmv2": {
+        "post_process_channels": [16, 24, 32, 48],
+        "backbone_config": {"model_type": "dinov3_vit", "image_size": 64, "return_class_token": True, **_FOUR},
+    },
+    "zoedepth": {
+        **_NECK,
+        "bottleneck_features": 32,
+        "backbone_config": {"model_type": "beit", "image_size": 64, "reshape_hidden_states": False, **_FOUR},
+    },
+    "depth_pro": {
+        "patch_size": 56,
+        "intermediate_hook_ids": [1, 0],
+        "intermediate_feature_dims": [16, 16],
+        "scaled_images_feature_dims": [32, 32, 32],
+        "merge_padding_value": 1,
+        "image_model_config": _PATCHES,
+        "patch_model_config": _PATCHES,
+        "fov_model_config": _PATCHES,
+    },
+    "pvt": {"num_encoder_blocks": 4, "image_size": 64},
+    "efficientnet": {"image_size": 64, "hidden_dim": 2560},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 4]},
+    "lw_detr": {"projector_scale_factors": [1.0], "backbone_config": {"model_type": "lw_detr_vit", "image_size": 128}},
+    "rf_detr": {"backbone_config": {"model_type": "rf_detr_dinov2", "image_size": 112}},
+    "superglue": {
+        "gnn_layers_types": ["self", "cross"],
+        "keypoint_detector_config": {"model_type": "superpoint", "descriptor_decoder_dim": 32},
+    },
     "autoformer": _FORECAST,
     "informer": _FORECAST,
     "time_series_transformer": _FORECAST,
@@ -54,8 +100,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}},
     "voxtral_realtime_text": {"hidden_size": 64},  # wider than the 32 of its AdaRmsNorm, as real ones are
-    "pp_ocrv5_server_det": _INTRACLASS,
-    "pp_ocrv6_medium_det": _INTRACLASS,
+    "pp_ocrv5_server_det": {**_INTRACLASS, "scale_factor_list": [1, 2, 4, 8]},
+    "pp_ocrv6_medium_det": {
+        **_INTRACLASS,
+        "scale_factor_list": [1, 2, 4, 8],
+        "backbone_config": {"model_type": "hgnet_v2", **_STAGES},
+    },
+    "pp_ocrv6_small_det": {
+        "layer_list_out_channels": [48, 96, 192, 384],
+        "backbone_config": {
+            "model_type": "pp_lcnet_v3",
+            "scale": 0.75,
+            "divisor": 16,
+            "out_features": ["stage2", "stage3", "stage4", "stage5"],
+        }
+    },
     "nemotron": {"num_key_value_heads": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]},
@@ -119,7 +178,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "cosmos3_edge_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "csm": {"codec_config": {"model_type": "mimi", "upsample_groups": 32}},
-    "mimi": {"upsample_groups": 32},
+    "mimi": {"upsample_groups": 32, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1]},
+    "blip-2": {"image_token_index": 20},
+    "instructblip": {"image_token_index": 20},
+    "instructblipvideo": {"video_token_index": 20},
+    "granite_speech5_encoder": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "glm5_next_text": {"num_key_value_heads": 4, "index_topk": 16},
     "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2}},
@@ -129,7 +193,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_decoder": _VIBEVOICE,
     "vibevoice_acoustic_tokenizer": _VIBEVOICE,
     "esmfold2": {"head_dim": 48},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "ernie4_5_vl_moe_text": {
@@ -143,12 +206,49 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "timm_wrapper": {"architecture": "vit_tiny_patch16_224", "model_args": _TIMM_VIT},
     "gemma3n_vision": {"model_args": {"channel_multiplier": 0.125}},
     "fast_vlm": {"vision_config": _FASTVIT},
+    # widths that must agree
+    "bros": {"hidden_size": 64},
+    "clap_audio_model": {"hidden_size": 64, "projection_dim": 32},
+    "clap": {"audio_config": {"model_type": "clap_audio_model", "hidden_size": 64}},
+    "clvp_encoder": {"hidden_size": 64, "projection_dim": 64, "num_attention_heads": 2},
+    "univnet": {"kernel_predictor_hidden_channels": 64},
+    "neucodec": {"quantization_dim": 64, "num_key_value_heads": 4},
+    "xcodec2": {"quantization_dim": 64, "num_key_value_heads": 4},
+    "align": {"projection_dim": 640},
+    "qwen2_5_omni_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_5_omni_talker": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
+    "step3p5": {"sliding_window": 8},
+    "oneformer": {"conv_dim": 256, "mask_dim": 256, "hidden_dim": 256},
+    "sam_hq": {
+        "vision_config": {
+            "model_type": "sam_hq_vision_model",
+            "output_channels": 32,
+            "num_pos_feats": 16,
+            "image_size": 64,
+        },
+        "prompt_encoder_config": {"image_size": 64},
+    },
+    "sam": {
+        "vision_config": {
+            "model_type": "sam_vision_model",
+            "output_channels": 32,
+            "num_pos_feats": 16,
+            "image_size": 64,
+        },
+        "prompt_encoder_config": {"image_size": 64},
+    },
     # pictures that need not be large
     **{
         name: {"image_size": 64}
         for name in (
             "align_vision_model",
-            "efficientnet",
             "bridgetower_vision_model",
             "convnext",
             "convnextv2",
@@ -163,7 +263,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deformable_detr": _DETR,
     "dab-detr": _DETR,
     "table-transformer": _DETR,
-    "omdet-turbo": {**_BACKBONE, "backbone_config": {"model_type": "swin"}},
+    "omdet-turbo": {
+        **_BACKBONE,
+        "apply_layernorm_after_vision_backbone": False,
+        "text_projection_in_dim": 32,
+        "text_projection_out_dim": 48,
+        "class_embed_dim": 48,
+        "vision_features_channels": [32, 32, 32],
+        "backbone_config": {"model_type": "swin", "out_features": ["stage2", "stage3", "stage4"], "image_size": 224},
+        "encoder_in_channels": [64, 128, 256],
+    },
 }
 """Model type -> keys of its config, wherever in a nested config that type appears."""
 
