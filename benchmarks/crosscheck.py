@@ -21,6 +21,7 @@ from rich.progress import Progress
 from benchmarks.opinions.resolutions import Key, Resolution, read_resolutions, unresolved
 from benchmarks.records import write
 from benchmarks.sweep.pool import CONVERTING, Limits, Server, deal
+from benchmarks.sweep.scrubbing import scrub
 
 PAGE = Path(__file__).parents[1] / "docs" / "crosscheck.md"
 MODULES = (*CONVERTING, "benchmarks.opinions.job")
@@ -64,7 +65,7 @@ def _compare(types: list[str], processes: int) -> list[dict[str, Any]]:
             answer = servers[0].ask({"type": name})
             if "crash" in answer:
                 answer["skipped"] = f"crashed: {answer.pop('crash')}"
-            comparisons.append(answer)
+            comparisons.append(scrub(answer))
             progress.update(task, advance=1, description=name)
 
         deal(types, [("benchmarks.opinions.job:compare_type", MODULES)], work, processes=processes, limits=Limits())

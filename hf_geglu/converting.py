@@ -63,7 +63,7 @@ def convert(
         HfGegluError: any of the tree in `hf_geglu.errors`; the model is then as it was before the call.
     """
     if plan is None:
-        plan = make_plan(model, variant, layers=layers, gelu=gelu, found=find_sites(model, sites=sites))
+        plan = make_plan(model, variant, layers=layers, gelu=gelu, found=find_sites(model, sites=sites, inputs=inputs))
     elif (variant, layers, gelu, sites) != ("geglu", None, "owner", None):
         raise PlanError("a plan and its settings were both given; put variant, layers, gelu and sites into make_plan")
     note = ""

@@ -93,15 +93,24 @@ def test_totals():
     assert "reloaded in a fresh process with difference 0.0: 12 of 13 (92.3 %) types, 12 of 13 (92.3 %) loads" in text
 
 
+def is_undecided(row):
+    return any(text.startswith("undecided") for text in problems(row))
+
+
 def test_what_another_model_shows_is_settled():
     attention = ["attention", "Attention", "could not be run alone on synthetic input: x"]
     alone = row("part", rejected=[attention], not_run="ValueError: bbox")
-    whole = row("whole", rejected=[attention], second_opinion=True)
-    assert any(text.startswith("undecided") for text in problems(alone))
-    assert not any(text.startswith("undecided") for text in problems(settle([alone, whole])[0]))
+    whole = row("whole", rejected=[attention], second_opinion=True, looked_into=["Attention"])
+    elsewhere = row("whole", second_opinion=True, looked_into=["Attention"])
+    beside = row("whole", rejected=[attention], second_opinion=True, looked_into=["MLP"])
+    assert is_undecided(alone)
+    assert is_undecided(beside)  # the model ran, but not through that module
+    assert not is_undecided(whole)
+    assert not is_undecided(settle([alone, elsewhere])[0])
+    assert is_undecided(settle([alone, beside])[0])
     said = {"block_class": "Attention", "opinion": "graph only", "down": "w", "finder": "nothing", "graph": "a -> w"}
-    doubted = row("whole", rejected=[attention], second_opinion=True, disagreements=[said])
-    assert any(text.startswith("undecided") for text in problems(settle([alone, doubted])[0]))
+    doubted = row("whole", second_opinion=True, looked_into=["Attention"], disagreements=[said])
+    assert is_undecided(settle([alone, doubted])[0])
 
 
 def test_a_compact_row_says_the_same():

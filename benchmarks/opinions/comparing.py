@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import hf_geglu
 from benchmarks.opinions.graph import Block, read_graph
@@ -44,6 +45,8 @@ class Comparison:
     classes: list[str] = field(default_factory=list)
     """Block classes on which both agree."""
     unreached_classes: list[str] = field(default_factory=list)
+    looked_into: list[str] = field(default_factory=list)
+    """Classes of modules, all of whose projections the forward used: what they hold, the graph has seen."""
     disagreements: list[Disagreement] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,11 +67,11 @@ def compare(model_type: str) -> Comparison:
         return comparison
     model = built.model
     try:
-        inputs = inputs_for(model)
+        inputs = inputs_for(model, model_type)
     except Exception as error:  # whatever a model has against made-up inputs
         comparison.skipped = f"not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return comparison
-    compare_on(comparison, model, hf_geglu.find_sites(model), inputs)
+    compare_on(comparison, model, hf_geglu.find_sites(model, inputs=inputs), inputs)
     return comparison
 
 
@@ -86,6 +89,7 @@ def compare_on(comparison: Comparison, model: nn.Module, found: FoundSites, inpu
     blocks = {block.down: block for block in reading.blocks}
     for down in dict.fromkeys([*sites, *blocks]):
         _judge(comparison, model, found, sites.get(down), blocks.get(down), reading.used, names)
+    comparison.looked_into = _looked_into(model, reading.used, names)
     comparison.classes = sorted(set(comparison.classes))
     comparison.unreached_classes = sorted(set(comparison.unreached_classes))
 
@@ -116,6 +120,25 @@ def _judge(
         comparison.disagreements.append(
             Disagreement(block_class=block_class, opinion=opinion, down=down, finder=finder, graph=graph)
         )
+
+
+def _looked_into(model: nn.Module, used: set[str], names: dict[int, str]) -> list[str]:
+    """Classes of which every instance has used all its projections that the graph can see (it leaves convolutions
+    over positions out), and of which there are any."""
+    reached: dict[str, bool] = {}
+    for module in model.modules():
+        weights = [
+            names[id(one.weight)]
+            for one in module.modules()
+            if isinstance(one, nn.Linear | nn.modules.conv._ConvNd | Conv1D)
+            and one is not module
+            and id(one.weight) in names
+            and all(size == 1 for size in one.weight.shape[2:])
+        ]
+        if weights:
+            name = type(module).__name__
+            reached[name] = reached.get(name, True) and used.issuperset(weights)
+    return sorted(name for name, all_used in reached.items() if all_used)
 
 
 def _canonical(model: nn.Module) -> dict[int, str]:

@@ -23,6 +23,7 @@ from benchmarks.sweep.forking import Job, Keep
 from benchmarks.sweep.outputs import Tensors, distance, run, says_something
 from benchmarks.sweep.row import Row
 from benchmarks.sweep.training import train_one_step
+from benchmarks.sweep.verdict import UNDECIDED
 from benchmarks.zoo.building import NotBuiltError, build
 from benchmarks.zoo.inputs import NoInputsError, inputs_for
 from hf_geglu.auto import auto_classes
@@ -37,7 +38,8 @@ def convert(job: Job, keep: Keep) -> Job:
     """Everything but the reading.
 
     Args:
-        job: `type`, `folder` (where to save), `partial` (whether to save partial conversions too).
+        job: `type`, `folder` (where to save), `partial` (whether to save the first block's
+            conversion alone too; that of a text tower is always saved).
         keep: see `forking`.
 
     Returns:
@@ -104,6 +106,12 @@ class _Side:
             return
         with self._stage("inputs"):
             inputs = None if row.not_built else self._inputs(model)
+        if inputs is not None and any(entry.reason.startswith(UNDECIDED) for entry in found.rejected):
+            with self._stage("find with inputs"):
+                row.with_inputs = True
+                found = self._find(model, inputs)
+            if found is None:
+                return
         if inputs is not None:
             with self._stage("second opinion"):
                 self._second_opinion(model, found, inputs)
@@ -133,10 +141,9 @@ class _Side:
             row.reverted = _same(weights, model.state_dict()) and (
                 own is None or inputs is None or distance(own, run(model, inputs)) == (0.0, 0.0)
             )
-        if partial:
-            with self._stage("partial"):
-                for what, layers in _parts(found, plan):
-                    self._partial(model, what, layers, inputs)
+        with self._stage("partial"):
+            for what, layers in _parts(found, plan, first=partial):
+                self._partial(model, what, layers, found, inputs)
 
     def _build(self) -> nn.Module | None:
         row = self.row
@@ -151,9 +158,9 @@ class _Side:
             row.not_built = f"{built.parameters / 1e6:,.0f} million parameters at its smallest: no weights here"
         return built.model
 
-    def _find(self, model: nn.Module) -> FoundSites | None:
+    def _find(self, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> FoundSites | None:
         try:
-            found = hf_geglu.find_sites(model)
+            found = hf_geglu.find_sites(model, inputs=inputs)
         except Exception as error:
             self.row.find_error = _said(error)
             return None
@@ -189,7 +196,7 @@ class _Side:
 
     def _inputs(self, model: nn.Module) -> Mapping[str, Any] | None:
         try:
-            inputs = inputs_for(model)
+            inputs = inputs_for(model, self.row.type)
             if not says_something(run(model, inputs)):
                 raise NoInputsError("all outputs are NaN, or there are none")
         except Exception as error:  # a model may have anything against made-up inputs
@@ -201,6 +208,7 @@ class _Side:
         comparison = Comparison(type=self.row.type)
         compare_on(comparison, model, found, inputs)
         self.row.second_opinion = not comparison.skipped
+        self.row.looked_into = comparison.looked_into
         self.row.disagreements = [asdict(one) for one in comparison.disagreements]
 
     def _convert(self, model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -> bool:
@@ -256,10 +264,12 @@ class _Side:
         if auto or not heads:  # auto_map names the class under AutoModel where transformers has no head of that type
             self._reads.append({**base, "way": "remote", "auto": auto or "AutoModel"})
 
-    def _partial(self, model: nn.Module, what: str, layers: list[str], inputs: Mapping[str, Any] | None) -> None:
+    def _partial(
+        self, model: nn.Module, what: str, layers: list[str], found: FoundSites, inputs: Mapping[str, Any] | None
+    ) -> None:
         original = type(model)
         try:
-            plan = hf_geglu.make_plan(model, layers=layers)
+            plan = hf_geglu.make_plan(model, found=found, layers=layers)
             hf_geglu.convert(model, plan, inputs=inputs, verify="sites")
         except Exception as error:
             self.row.convert_error = f"{what} only: {_said(error)}"
@@ -296,10 +306,10 @@ def _same(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor])
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def _parts(found: FoundSites, plan: Plan) -> list[tuple[str, list[str]]]:
-    """The first block alone, and the text tower alone where there is another one beside it."""
+def _parts(found: FoundSites, plan: Plan, *, first: bool) -> list[tuple[str, list[str]]]:
+    """The `first` block alone if asked for, and the text tower alone where there is another one beside it."""
     ups = [entry.site.up for entry in plan.converted]
-    parts = [("first", ups[:1])] if len(found.sites) > 1 and ups else []
+    parts = [("first", ups[:1])] if first and len(found.sites) > 1 and ups else []
     text = [up for up in ups if _in_text_tower(up)]
     if text and len(text) < len(found.sites):
         parts.append(("text", text))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sweep.forking import Job
+from benchmarks.sweep.scrubbing import ROOT, scrub
 
 CONVERTING = (
     "transformers",
@@ -29,8 +30,6 @@ CONVERTING = (
 READING = ("transformers", "transformers.modeling_utils", "safetensors.torch", "benchmarks.sweep.reading")
 EXTRAS = "benchmarks.zoo.with_extras"
 """Imported first by both sides."""
-
-ROOT = Path(__file__).parents[2]
 
 ENVIRONMENT = {
     # MKL picks its kernels by the shape of a product; this makes an output's arithmetic independent of the width
@@ -109,7 +108,7 @@ def sweep(
     Args:
         types: the model types.
         rows: the file; each row is written with one write, so that a killed run leaves whole lines.
-        partial: whether partial conversions of a type are saved and read too.
+        partial: whether the first block's conversion alone is saved and read too, for a type.
         processes: how many types at a time.
         limits: for each job.
         done: called with every row.
@@ -117,7 +116,7 @@ def sweep(
     lock = threading.Lock()
 
     def work(name: str, servers: tuple[Server, ...]) -> None:
-        row = one(name, *servers, partial=partial(name))
+        row = scrub(one(name, *servers, partial=partial(name)))
         with lock, rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             done(row)

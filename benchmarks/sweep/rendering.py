@@ -73,6 +73,7 @@ def _totals(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     saved = [row for row in converted if variants(row)]
     survivable = [row for row in saved if not original_fails(row)]
     reads = [read for row in survivable for read in variants(row)]
+    parts = [read for read in reads if read["what"] != "all"]
     alive, reached = (sum(row.get(key, 0) for row in converted) for key in ("values_alive", "values_reached"))
     stepped = [row for row in run if row.get("loss")]
     tiers = Counter(row["tier"] for row in converted)
@@ -84,6 +85,11 @@ def _totals(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("of these, with a second opinion from the autograd graph", "", _share(opinions, blocks)),
         ("no block is missed that the second opinion sees", ">= 99 %", _share(unmissed, blocks)),
         ("complete: moreover no place is undecided", ">= 99 %", _share(complete, blocks)),
+        (
+            "of the complete, those that took the inputs of a forward",
+            "",
+            str(sum(bool(row.get("with_inputs")) for row in complete)),
+        ),
         ("types with a site that the second opinion does not see", "0", str(sum(bool(invented(row)) for row in built))),
         ("converted, at least in part", "", _share(converted, blocks)),
         ("every block that was found is converted", "100 %, or the reason", _share(whole, blocks)),
@@ -103,6 +109,12 @@ def _totals(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "100 %",
             f"{_share([row for row in survivable if reloads(row)], survivable)} types,"
             f" {_share([read for read in reads if is_identical(read)], reads)} loads",
+        ),
+        (
+            "the same for the first block alone, and for the text tower of a composite model",
+            "100 %",
+            f"{_share([read for read in parts if is_identical(read)], parts)} loads of"
+            f" {len({row['type'] for row in survivable if any(r['what'] != 'all' for r in variants(row))})} types",
         ),
         ("the whole sweep", "< 20 min", f"{record['seconds'] / 60:.1f} min"),
     ]
@@ -175,9 +187,8 @@ def _shortfalls(rows: list[Row]) -> list[str]:
 
 
 def _general(problem: str) -> str:
-    """The same shortfall in two layers is one: numbers in paths, folders and the rest of long lists go."""
-    plain = re.sub(r"/\S*/(sweep-\w+)\S*", "the folder", " ".join(problem.split()))
-    plain = re.sub(r"\b(\w+\.)+\w+(?=[:, (]|$)", _without_numbers, plain)
+    """The same shortfall in two layers is one: numbers in paths and the rest of long lists go."""
+    plain = re.sub(r"\b(\w+\.)+\w+(?=[:, (]|$)", _without_numbers, " ".join(problem.split()))
     return plain.replace("|", "\\|")[:400]
 
 

@@ -22,9 +22,13 @@ class Row:
     """up, block_class, kind, layout, activation, swappable (an attribute holds the activation)."""
     rejected: list[list[str]] = field(default_factory=list)
     """[path, class, reason]"""
+    with_inputs: bool = False
+    """Whether that is what was found with the inputs of the whole model, since without them a place was undecided."""
     find_error: str = ""
     second_opinion: bool = False
     """Whether the whole model ran, so that its autograd graph says where the blocks are (see `benchmarks.opinions`)."""
+    looked_into: list[str] = field(default_factory=list)
+    """Classes whose projections it has all seen at work."""
     disagreements: list[dict[str, str]] = field(default_factory=list)
     """Where it says otherwise: block_class, opinion, down, finder, graph."""
 

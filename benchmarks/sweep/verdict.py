@@ -21,25 +21,28 @@ def is_built(row: Row) -> bool:
 
 
 def undecided(row: Row) -> list[str]:
-    """Places of which the finder says that it does not know, where nobody else does either: the whole model was not
-    run, and no model that was has such a module (see `settle`)."""
-    if row.get("second_opinion"):
-        return []
+    """Places of which the finder says that it does not know, where nobody else does either: no graph, of this model or
+    of another one, has seen all projections of such a module at work (see `settle`)."""
+    known = {*row.get("looked_into", ()), *row.get("settled", ())}
     return [
         f"{path or 'the model'} ({name}): {reason}"
         for path, name, reason in row.get("rejected", [])
-        if reason.startswith(UNDECIDED) and name not in row.get("settled", ())
+        if reason.startswith(UNDECIDED) and name not in known
     ]
 
 
 def settle(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The rows, each with the classes that the graph of another model has looked into without seeing a block that the
+    """The rows, each with the classes that the graph of some model has looked into without seeing a block that the
     finder had not: a tower that is not run as a part is often run as a model of its own."""
     rows = list(rows)
-    looked_into = {entry[1] for row in rows if row.get("second_opinion") for entry in row.get("rejected", [])}
+    looked_into = {name for row in rows for name in row.get("looked_into", ())}
     doubted = {one["block_class"] for row in rows for one in row.get("disagreements", [])}
+    settled = looked_into - doubted
     return [
-        {**row, "settled": sorted(looked_into & {entry[1] for entry in row.get("rejected", [])} - doubted)}
+        {
+            **{key: value for key, value in row.items() if key != "looked_into"},
+            "settled": sorted(settled & {entry[1] for entry in row.get("rejected", [])}),
+        }
         for row in rows
     ]
 

@@ -113,7 +113,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "scale": 0.75,
             "divisor": 16,
             "out_features": ["stage2", "stage3", "stage4", "stage5"],
-        }
+        },
     },
     "nemotron": {"num_key_value_heads": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
@@ -266,7 +266,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "omdet-turbo": {
         **_BACKBONE,
         "apply_layernorm_after_vision_backbone": False,
-        "text_projection_in_dim": 32,
+        "text_projection_in_dim": 48,
+        "text_config": {"model_type": "clip_text_model", "hidden_size": 48},
         "text_projection_out_dim": 48,
         "class_embed_dim": 48,
         "vision_features_channels": [32, 32, 32],

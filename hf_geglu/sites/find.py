@@ -152,15 +152,17 @@ class _Search:
         for index, (path, open_below) in enumerate(places):
             module = self._model.get_submodule(path)
             given = heard.get(firsts[self._signatures.of(module)])
-            if given is None:
+            unrun = self._unrun[index] if index < len(self._unrun) else None
+            if given is None or (unrun is not None and unrun.shadowed and not unseen_pairs(unrun.free)):
                 continue
             probe = self._probe_as_given(module, open_below, given)
             self._take(module, path, probe.seen)
-            if probe.refused and not probe.seen and path not in self._rejected:
+            shadowed = unrun is not None and unrun.shadowed
+            if probe.refused and not probe.seen and not shadowed and path not in self._rejected:
                 self._reject(path, "; ".join(dict.fromkeys(refusal.reason for refusal in probe.refused)))
-            if probe.error is None and index < len(self._unrun):
+            if probe.error is None and unrun is not None:
                 understood.add(index)
-                for one in self._unrun[index].free:
+                for one in unrun.free:
                     one.probed.add(id(module))
         self._unrun = [one for index, one in enumerate(self._unrun) if index not in understood]
         taken = {site.block for site in self._sites}
@@ -182,7 +184,7 @@ class _Search:
         """What could not be run by any means is undecided: of blocks around the same projections, the innermost."""
         standing: set[str] = set()
         for one in self._unrun:
-            if one.shadowed and (one.paths & standing or not unseen_pairs(list(one.free))):
+            if one.shadowed and (one.paths & standing or not unseen_pairs(one.free)):
                 continue
             if one.reason is not None:
                 standing |= one.paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_geglu.sites.projections import Port, leads_on
@@ -70,7 +71,7 @@ def why_open(error: str | None, free: list[Free]) -> str | None:
     return None
 
 
-def unseen_pairs(free: list[Free]) -> bool:
+def unseen_pairs(free: Sequence[Free]) -> bool:
     """Whether one projection could feed another, and no block that ran has shown otherwise."""
     return any(
         a is not b and leads_on(a.port, b.port) and not (a.probed & b.probed) and not _only_convolves(a.port, b.port)

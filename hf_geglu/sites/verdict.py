@@ -126,7 +126,7 @@ def _pair(down: Call, feeding: list[Call], trace: Trace) -> Observation | Refusa
         if inner and everything_passes(result, down, feeding) and not _hears(down, trace.inputs):
             return _observation(down, feeding, inner, direct=False)
     names = " and ".join(f"{call.path} ({call.port.d_in} -> {call.port.d_out})" for call in feeding)
-    why = _unnamed(down, feeding, trace) or _mixing(down, feeding, fits)
+    why = _unnamed(down, feeding, trace) or _mixing(down, feeding, fits, trace)
     return Refusal(paths, f"what enters {down.path} is no activation of {names}: {why}")
 
 
@@ -195,7 +195,7 @@ def stays_in_place(given: torch.Tensor, down: Call, dim: int) -> bool:
     return not bool(grad_NF[torch.arange(len(grad_NF)) != silent].any())
 
 
-def _mixing(down: Call, feeding: list[Call], fits: list[Fit]) -> str:
+def _mixing(down: Call, feeding: list[Call], fits: list[Fit], trace: Trace) -> str:
     """Why no formula holds, as far as gradients show it."""
     x_NF = _rows(down.x, down)
     for call in feeding:
@@ -205,10 +205,21 @@ def _mixing(down: Call, feeding: list[Call], fits: list[Fit]) -> str:
     for column in range(min(4, x_NF.shape[-1])):
         grad = torch.autograd.grad(x_NF[-1, column], feeding[0].out, retain_graph=True, allow_unused=True)[0]
         if grad is not None and int(_rows(grad, feeding[0]).any(dim=0).sum()) > 2:
-            return "neurons are mixed in between (a norm or a softmax)"
+            return f"neurons are mixed in between (a norm or a softmax){_by(feeding, trace)}"
     if any(call.port.form == "convolution" for call in (down, *feeding)):
         return "a convolution wider than 1 is involved"
-    return f"the best fit is {fits[0]}" if fits else "as many numbers do not come out as go in"
+    return f"the best fit is {fits[0]}{_by(feeding, trace)}" if fits else "as many numbers do not come out as go in"
+
+
+def _by(feeding: list[Call], trace: Trace) -> str:
+    """Which module changes what a projection says first: a norm with statistics of its own, say, which a value branch
+    of constant 1 could not pass unchanged."""
+    if len(feeding) == 1 and not feeding[0].port.convolves:
+        said_NK = rows(feeding[0])
+        for heard in trace.heard:
+            if _equal(heard.x.reshape(-1, heard.x.shape[-1]), said_NK) and not _equal(heard.x, heard.y):
+                return f"; {heard.path} is the first that changes what {feeding[0].path} says"
+    return ""
 
 
 def _unfit(one: Observation, by_hand: bool) -> str | None:
