@@ -35,7 +35,8 @@ class Forecast:
         tokens_per_step: over all processes, as in the steps that were tried.
         parameters: of the model.
         trained: how many of them are trained.
-        flops_per_step: of the matrix products of a step, forward and backward, as torch counts them.
+        flops_per_step: of the matrix products of a step of this process, forward and backward, as torch counts them
+            for one block.
         seconds_per_step: of the second step; the first one has to warm up.
         evaluation_seconds: of all evaluations together.
         peak_bytes: of the process (CPU) or of what torch allocates (GPU), training and evaluation.
@@ -110,8 +111,12 @@ def forecast(
         eval_steps=0,
         load_best_model_at_end=False,
     )
+    # torch sees only its own products, and those of a whole block and of whole logits are what others compute in pieces
+    counted = dataclasses.replace(
+        short, per_device_train_batch_size=1, gradient_accumulation_steps=1, chunked_cross_entropy="off"
+    )
     with FlopCounterMode(display=False) as counter:
-        first = train(model, train_blocks, None, short, objective=objective, teacher=teacher)
+        train(model, train_blocks, None, counted, objective=objective, teacher=teacher)
     twice = dataclasses.replace(short, max_steps=2)
     device = next(model.parameters()).device
     few = None if eval_blocks is None else _few(eval_blocks, 2 * settings.per_device_eval_batch_size)
@@ -123,10 +128,12 @@ def forecast(
     disk = weights + (checkpoint * (keep + 1) if settings.save_steps else 0)
     found = Forecast(
         total_steps=total_steps,
-        tokens_per_step=(first.tokens + two.tokens) / 3,
+        tokens_per_step=two.tokens / 2,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=trained,
-        flops_per_step=int(counter.get_total_flops()),
+        flops_per_step=int(counter.get_total_flops())
+        * settings.per_device_train_batch_size
+        * settings.gradient_accumulation_steps,
         seconds_per_step=two.steps[1].seconds,
         evaluation_seconds=evaluation,
         peak_bytes=peak.bytes,
