@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+TABLE = "table"
+"""The name of the conversion that needs no data: the row of `conversions.SCALINGS`, the same for every neuron."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitRecord:
-    """How one block was converted where the numbers were fitted. The numbers themselves travel beside the plan.
+    """What was chosen for one block on calibration data. The numbers that were fitted travel beside the plan.
 
     Attributes:
         method: the name of the conversion that was chosen, such as "per neuron".
@@ -25,6 +28,11 @@ class FitRecord:
     alternatives: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     width: int | None = None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there are tensors beside the plan."""
+        return self.method != TABLE
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> FitRecord | None:

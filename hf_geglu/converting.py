@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from hf_geglu.calibration import CalibrationData, Measured, Progress, calibrate
 from hf_geglu.distance import Comparison, Outputs, cast, comparison, is_causal, outputs_of
 from hf_geglu.errors import PlanError
 from hf_geglu.fingerprint import fingerprint
 from hf_geglu.inputs import Inputs, synthetic_inputs
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import GeluForm, Plan, make_plan
-from hf_geglu.provenance import Provenance, base_of, forget, remember
+from hf_geglu.provenance import Provenance, base_of, forget, remember, remember_fits
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites
 from hf_geglu.surgery import Fits, apply, revert
@@ -31,6 +32,10 @@ def convert(
     plan: Plan | None = None,
     *,
     fits: Fits | None = None,
+    calibration: CalibrationData | Iterable[Any] | None = None,
+    max_kl: float | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
     variant: str = "geglu",
     layers: Layers = None,
     gelu: GeluForm = "owner",
@@ -47,6 +52,13 @@ def convert(
         model: a transformers model with its weights, or any module whose FFN blocks `find_sites` sees.
         plan: from `make_plan`; the arguments `variant`, `layers` and `gelu` make one otherwise.
         fits: the tensors that belong to a plan whose sites were fitted.
+        calibration: data to fit every block's conversion to: batches, blocks of tokens, texts or a `datasets` corpus,
+            see `hf_geglu.calibration.CalibrationData`. A quarter of it is held out and chooses, block by block, between
+            the fit and the numbers that need no data; the report says what was chosen and why.
+        max_kl: nats a token that the conversion may cost on the held-out quarter; blocks that cost most are left
+            unconverted until it is kept, and the report says so.
+        tokenizer: for calibration texts.
+        progress: called after each calibration batch with (done, of how many).
         variant: see `make_plan`.
         layers: see `make_plan`.
         gelu: see `make_plan`.
@@ -62,10 +74,25 @@ def convert(
     Raises:
         HfGegluError: any of the tree in `hf_geglu.errors`; the model is then as it was before the call.
     """
+    found = None
     if plan is None:
-        plan = make_plan(model, variant, layers=layers, gelu=gelu, found=find_sites(model, sites=sites, inputs=inputs))
+        found = find_sites(model, sites=sites, inputs=inputs)
+        plan = make_plan(model, variant, layers=layers, gelu=gelu, found=found)
     elif (variant, layers, gelu, sites) != ("geglu", None, "owner", None):
         raise PlanError("a plan and its settings were both given; put variant, layers, gelu and sites into make_plan")
+    if max_kl is not None and calibration is None:
+        raise PlanError("max_kl is measured on calibration data; expected calibration=... beside it")
+    notes: tuple[str, ...] = ()
+    held_out: Measured | None = None
+    if calibration is not None:
+        if fits is not None or any(entry.fitted for entry in plan.sites):
+            raise PlanError(
+                "the plan is calibrated already; hand in its fits=, or calibration= with a plan without any"
+            )
+        data = CalibrationData.of(calibration, tokenizer=tokenizer)
+        made = calibrate(model, plan, data, found=found, max_kl=max_kl, progress=progress)
+        plan, fits, held_out, notes = made.plan, made.fits, made.held_out, made.notes
+        inputs = data.batches[0] if inputs is None else inputs
     note = ""
     before: dict[torch.dtype, Outputs] = {}
     if verify == "model" and plan.converted:
@@ -94,10 +121,15 @@ def convert(
         sites=checks,
         values=values,
         response=response,
-        note=note if plan.converted else f"every selected block is {plan.variant} already; nothing was changed",
+        note="; ".join(filter(None, [note, *notes]))
+        if plan.converted
+        else f"every selected block is {plan.variant} already; nothing was changed",
+        held_out=None if held_out is None else str(held_out),
     )
     if base is not None:
         remember(model, Provenance(base=base, plan=plan, report=report.to_dict(), step0=fingerprint(model)))
+        if fits:
+            remember_fits(model, fits)
         undo.steps.append(lambda: forget(model))
     return report
 

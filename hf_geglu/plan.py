@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -44,13 +44,18 @@ class SitePlan:
     before: Cost
     after: Cost
     fit: FitRecord | None = None
-    """Where the numbers were fitted to activations rather than taken from `scaling`, which then says from which
+    """What calibration data chose. Where that is a fit rather than the row of the table, `scaling` says from which
     activation to which gate only."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the numbers are of each neuron, or the weights new: tensors that belong to this plan."""
+        return self.fit is not None and self.fit.fitted
 
     @property
     def exact(self) -> bool:
         """Whether the difference is rounding."""
-        return self.fit is None and self.scaling.exact
+        return not self.fitted and self.scaling.exact
 
     @property
     def width(self) -> int:
@@ -60,7 +65,7 @@ class SitePlan:
     @property
     def error(self) -> str:
         """How far the converted block is from the original, in words: a bound, or what was measured."""
-        if self.fit is not None:
+        if self.fit is not None and self.fit.fitted:
             return str(self.fit)
         if self.scaling.exact:
             return "exact"
@@ -250,6 +255,39 @@ def make_plan(
             if site not in selected
         ),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def without(model: nn.Module, plan: Plan, found: FoundSites, reasons: Mapping[str, str]) -> Plan:
+    """The same plan with some of its sites left as they are.
+
+    Args:
+        model: that the plan was made for.
+        plan: what was to be done.
+        found: the sites of the model.
+        reasons: why, by the `up` of each site that is left.
+
+    Raises:
+        ConversionError: none would be converted.
+    """
+    left = tuple(entry for entry in plan.sites if entry.site.up in reasons)
+    kept = [entry for entry in plan.sites if entry.site.up not in reasons]
+    if not any(entry.conversion != "keep" for entry in kept):
+        raise ConversionError(f"no block would be converted: {next(iter(reasons.values()), 'none is left')}")
+    tier, reason, changes = _tier(model, found, kept)
+    return replace(
+        plan,
+        tier=tier,
+        tier_reason=reason,
+        config_changes=changes,
+        sites=tuple(kept),
+        unselected=(
+            *plan.unselected,
+            *(
+                Untouched(path=each.site.up, activation_path=each.site.activation_path, reason=reasons[each.site.up])
+                for each in left
+            ),
+        ),
     )
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from hf_geglu.fingerprint import Fingerprint
 from hf_geglu.plan import Plan, Untouched
+from hf_geglu.surgery import Fits
 
 _KEY = "_hf_geglu_provenance"
+_FITS = "_hf_geglu_fits"
 _REVERSAL = "_hf_geglu_reversal"
 _SNAPSHOT = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -196,9 +198,34 @@ def remember(model: nn.Module, provenance: Provenance) -> None:
     model.__dict__[_KEY] = provenance
 
 
+def remember_fits(model: nn.Module, fits: Fits) -> None:
+    """Keep what a plan's fits are made of; shared with copies of the model, which may be trained further."""
+    model.__dict__[_FITS] = _Kept(fits)
+
+
+def recall_fits(model: nn.Module) -> Fits | None:
+    """What `remember_fits` kept."""
+    found = model.__dict__.get(_FITS)
+    return found.fits if isinstance(found, _Kept) else None
+
+
 def forget(model: nn.Module) -> None:
-    """Drop what `remember` kept."""
+    """Drop what `remember` and `remember_fits` kept."""
     model.__dict__.pop(_KEY, None)
+    model.__dict__.pop(_FITS, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    fits: Fits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        """Frozen: a copied model shares it."""
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A pickled model comes without it."""
+        return type(None), ()
 
 
 def recall(model: nn.Module) -> Provenance | None:

@@ -184,7 +184,7 @@ def _check(model: nn.Module, plan: Plan) -> None:
 
 def check_fits(plan: Plan, fits: Fits) -> None:
     """Raise PlanError unless every fitted site of the plan has its tensors, and no other site has any."""
-    wanted = {entry.site.up: entry for entry in plan.converted if entry.fit is not None}
+    wanted = {entry.site.up: entry for entry in plan.converted if entry.fitted}
     missing = [path for path in wanted if path not in fits]
     if missing:
         raise PlanError(

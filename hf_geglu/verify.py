@@ -76,6 +76,8 @@ class Report:
     response: float | None
     """How far the output moved, relative to its size, when the value branches were moved by 10 %."""
     note: str = ""
+    held_out: str | None = None
+    """What the whole model was measured to lose on calibration data that no fit was made on."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -89,6 +91,8 @@ class Report:
             f"  blocks in float64: largest difference {worst:.3g}",
         ]
         lines += [f"  {entry}" for entry in self.comparisons]
+        if self.held_out is not None:
+            lines.append(f"  on held-out calibration data: {self.held_out}")
         reached = [entry.gradient for entry in self.values if entry.gradient is not None]
         if reached:
             lines.append(f"  value branches with gradient: {sum(g > 0 for g in reached)} of {len(self.values)}")
@@ -118,7 +122,7 @@ def check_sites(model: nn.Module, undo: Undo) -> tuple[SiteCheck, ...]:
         check, within = _check_site(model, entry, undo, generator)
         if not within:
             promised = "exact" if entry.exact else f"within {entry.scaling.max_error:.2g}"
-            if entry.fit is not None:
+            if entry.fitted:
                 promised = "what was fitted"
             raise VerificationError(
                 f"{check.path} was planned to be {promised}, but a neuron differs by {check.max_abs:.3g} where "

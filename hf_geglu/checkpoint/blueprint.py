@@ -134,7 +134,7 @@ def _plan(base: nn.Module, wish: Wish) -> Plan:
     if plan.refused:
         listed = "; ".join(f"{entry.path}: {entry.reason}" for entry in plan.refused)
         raise PlanError(f"{len(plan.refused)} selected FFN blocks cannot be converted: {listed}")
-    fitted = [entry.site.up for entry in plan.converted if entry.fit is not None]
+    fitted = [entry.site.up for entry in plan.converted if entry.fitted]
     if fitted:
         raise PlanError(
             f"{len(fitted)} sites of this plan were fitted to calibration data, {fitted[0]} first, and a checkpoint is "

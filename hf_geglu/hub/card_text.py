@@ -108,7 +108,7 @@ def _converted(manifest: Manifest) -> list[str]:
 
 
 def _error(entry: SitePlan) -> str:
-    if entry.fit is not None:  # rounded: a row stands for many blocks
+    if entry.fit is not None and entry.fitted:  # rounded: a row stands for many blocks
         return f"fitted ({entry.fit.method}), measured {entry.fit.error:.0e} of the output"
     return "exact" if entry.exact else f"at most {entry.scaling.max_error:.1e} a neuron"
 

@@ -25,11 +25,12 @@ from hf_geglu.converting import convert
 from hf_geglu.errors import HfGegluError, ManifestError
 from hf_geglu.files import whole_folder
 from hf_geglu.fingerprint import Fingerprint, fingerprint
+from hf_geglu.hub.fits import read_fits
 from hf_geglu.hub.manifest import FOLDER, Manifest, read_manifest
-from hf_geglu.hub.papers import known_provenance, source_folder, write_papers
+from hf_geglu.hub.papers import known_fits, known_provenance, source_folder, write_papers
 from hf_geglu.hub.sources import check_base, fetch_folder, load_base
-from hf_geglu.provenance import Provenance, TrainingRecord, remember
-from hf_geglu.surgery import forget_original
+from hf_geglu.provenance import Provenance, TrainingRecord, remember, remember_fits
+from hf_geglu.surgery import Fits, forget_original
 
 DELTA = f"{FOLDER}/delta.safetensors"
 ADAPTER = "adapter"
@@ -80,7 +81,8 @@ def save_delta(
         )
     where = base if base is not None else source_folder_of_base(inner, provenance)
     told = Manifest(model_class=type(inner).__name__, provenance=provenance)
-    step0 = _converted(told, where)
+    fits = known_fits(inner)
+    step0 = _converted(told, where, fits=fits)
     tensors, places = _changed(dict(_plain_state(inner)), step0.state_dict())
     with whole_folder(folder, overwrite=overwrite) as temporary:
         (temporary / FOLDER).mkdir()
@@ -98,6 +100,7 @@ def save_delta(
             command=command,
             name=Path(folder).resolve().name,
             base_folder=Path(where) if where is not None and os.path.isdir(where) else None,
+            fits=fits,
         )
     return Path(folder)
 
@@ -142,9 +145,12 @@ def load_delta(
             f"a delta belongs to the dtype it was made in, {manifest.provenance.plan.dtype}; load it without dtype and "
             "cast the model afterwards"
         )
-    model = _converted(manifest, base, auto_class=auto_class, token=token, **kwargs)
+    fits = read_fits(folder, manifest.provenance.plan)
+    model = _converted(manifest, base, fits=fits, auto_class=auto_class, token=token, **kwargs)
     _apply(model, folder / DELTA)
     remember(model, manifest.provenance)
+    if fits:
+        remember_fits(model, fits)
     if not (folder / ADAPTER).is_dir():
         return _checked(model, manifest)
     try:
@@ -162,7 +168,9 @@ def source_folder_of_base(model: nn.Module, provenance: Provenance) -> Path | No
     return folder if folder is not None and folder.resolve().name == provenance.base.name else None
 
 
-def _converted(manifest: Manifest, base: str | os.PathLike[str] | None, **kwargs: Any) -> Any:
+def _converted(
+    manifest: Manifest, base: str | os.PathLike[str] | None, *, fits: Fits | None = None, **kwargs: Any
+) -> Any:
     """The base, checked and converted: the variant at step 0."""
     model = load_base(manifest, base, **kwargs)
     difference = check_base(model, manifest)
@@ -173,7 +181,7 @@ def _converted(manifest: Manifest, base: str | os.PathLike[str] | None, **kwargs
         )
     plan = manifest.provenance.plan
     assert plan is not None
-    convert(model, plan, verify="sites")
+    convert(model, plan, fits=fits, verify="sites")
     forget_original(model)
     step0 = manifest.provenance.step0
     difference = "" if step0 is None else step0.difference(fingerprint(model), bitwise=True)

@@ -14,6 +14,7 @@ from hf_geglu.errors import ManifestError
 from hf_geglu.fingerprint import Fingerprint, fingerprint
 from hf_geglu.hub.card import CARD, CURVES, OURS_BESIDE, is_ours, write_card
 from hf_geglu.hub.collapsed import write_collapsed_card
+from hf_geglu.hub.fits import FITS, read_fits, write_fits
 from hf_geglu.hub.golden import write_golden
 from hf_geglu.hub.licence import BaseCard, Licence, base_card, card_data, copy_licence_files, inherits
 from hf_geglu.hub.manifest import (
@@ -26,7 +27,8 @@ from hf_geglu.hub.manifest import (
     write_manifest,
 )
 from hf_geglu.hub.privacy import command_line
-from hf_geglu.provenance import Base, Provenance, TrainingRecord, base_of, recall, reversal
+from hf_geglu.provenance import Base, Provenance, TrainingRecord, base_of, recall, recall_fits, reversal
+from hf_geglu.surgery import Fits
 
 
 def write_papers(
@@ -41,6 +43,7 @@ def write_papers(
     name: str | None = None,
     base_folder: Path | None = None,
     curves: Path | None = None,
+    fits: Fits | None = None,
 ) -> Manifest:
     """Write golden outputs, manifest and card of a variant that was saved in `folder`.
 
@@ -55,10 +58,12 @@ def write_papers(
         name: for the card's title; the folder's by default.
         base_folder: where the base lies, if it is a local folder: its card and licence files are read there.
         curves: a PNG of the loss curves.
+        fits: what the plan's fits are made of.
 
     Returns:
         The manifest.
     """
+    write_fits(folder, fits)
     missing: str | None = "the checkpoint was converted file by file, the model was never in memory"
     weights: Fingerprint | None = None
     if model is not None:
@@ -130,7 +135,25 @@ def document(
         name=name,
         base_folder=source_folder(model),
         curves=curves,
+        fits=known_fits(model),
     )
+
+
+def known_fits(model: nn.Module) -> Fits | None:
+    """What the plan's fits are made of: from the conversion in this process, or from beside the manifest that the model
+    was loaded with. None where nothing was fitted, or nothing is known of it."""
+    fits = recall_fits(model)
+    if fits is not None or recall(model) is not None:
+        return fits
+    manifest = _source_manifest(model)
+    plan = None if manifest is None else manifest.provenance.plan
+    if plan is None or not any(entry.fitted for entry in plan.converted):
+        return None
+    try:
+        folder = source_folder(model) or _download(model, FITS).parent.parent
+        return read_fits(folder, plan)
+    except (ManifestError, OSError, ValueError):  # saved without them; the copy will say so too
+        return None
 
 
 def known_provenance(model: nn.Module) -> Provenance | None:
@@ -168,16 +191,20 @@ def _source_manifest(model: nn.Module) -> Manifest | None:
     folder = source_folder(model)
     if folder is not None:
         return read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    named = _name_or_path(model)
-    if not named:
+    if not _name_or_path(model):
         return None
-    from huggingface_hub import hf_hub_download
-
     try:
-        path = Path(hf_hub_download(named, MANIFEST, revision=base_of(model.config).commit))
+        path = _download(model, MANIFEST)
     except (OSError, ValueError):  # a base, or no network: nothing is known, which the card then says
         return None
     return read_manifest(path.parent.parent)
+
+
+def _download(model: nn.Module, name: str) -> Path:
+    """One file of the repository that a model was loaded from."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(_name_or_path(model), name, revision=base_of(model.config).commit))
 
 
 def amend(

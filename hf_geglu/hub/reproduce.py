@@ -14,10 +14,12 @@ from safetensors import safe_open
 from hf_geglu.converting import convert
 from hf_geglu.errors import HfGegluError, ManifestError
 from hf_geglu.fingerprint import fingerprint
+from hf_geglu.hub.fits import read_fits
 from hf_geglu.hub.manifest import Manifest, Sealed, read_manifest, sealed_files
 from hf_geglu.hub.sources import check_base, fetch_folder, load_base
 from hf_geglu.hub.verifying import Check, Verification
 from hf_geglu.plan import Plan
+from hf_geglu.surgery import Fits
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
@@ -31,6 +33,7 @@ def reproduce_variant(
 ) -> Verification:
     """Load the base, carry out the manifest's plan, save, and compare bit for bit.
 
+    A calibrated conversion is replayed with the numbers that were saved beside the manifest, not calibrated again.
     Of a variant that was trained since, the conversion is replayed and compared by its fingerprint at step 0; the
     training is not, and the result says so.
 
@@ -41,7 +44,7 @@ def reproduce_variant(
         token: for private repositories; the stored login by default.
 
     Raises:
-        ManifestError: no manifest, no plan in it, or a base that cannot be had.
+        ManifestError: no manifest, no plan in it, fits that were not kept, or a base that cannot be had.
         HfGegluError: what the conversion raises.
     """
     folder = fetch_folder(source, revision=revision, token=token)
@@ -52,8 +55,9 @@ def reproduce_variant(
             f"the manifest of {folder.name} has no plan, so there is nothing to replay; expected a variant that was "
             "saved by save_folder after convert"
         )
+    fits = read_fits(folder, plan)
     model = load_base(manifest, base, token=token)
-    checks = list(_replay(model, plan, manifest))
+    checks = list(_replay(model, plan, manifest, fits))
     if all(check.outcome != "different" for check in checks):
         if manifest.trained or manifest.kind == "delta":
             checks.append(_what_is_not_replayed(manifest))
@@ -63,14 +67,14 @@ def reproduce_variant(
     return Verification(name=f"{name}, converted again", checks=tuple(checks))
 
 
-def _replay(model: Any, plan: Plan, manifest: Manifest) -> Iterator[Check]:
+def _replay(model: Any, plan: Plan, manifest: Manifest, fits: Fits | None) -> Iterator[Check]:
     difference = check_base(model, manifest)
     if difference:
         yield Check(what="base", outcome="different", detail=difference)
         return
     yield Check(what="base", outcome="ok", detail=f"{manifest.provenance.base.name}: same fingerprint")
     try:
-        convert(model, plan, verify="sites")
+        convert(model, plan, fits=fits, verify="sites")
     except HfGegluError as error:
         yield Check(what="conversion", outcome="different", detail=str(error))
         return
