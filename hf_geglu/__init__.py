@@ -1,7 +1,7 @@
 """Turn the FFN blocks of a pretrained transformers model into GeGLU blocks without breaking it.
 
 ``import hf_geglu`` registers the GLU variants in ``ACT2FN`` and the variants' model types in the Auto classes. Both are
-idempotent and cheap; everything else is imported when it is used.
+idempotent, cheap, and done once transformers has imported those tables; everything else is imported when it is used.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_geglu import auto, neighbours, variants
+from hf_geglu import neighbours
 from hf_geglu.errors import HfGegluError
+from hf_geglu.neighbours.hooks import when_imported
 from hf_geglu.variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ _HOMES = {
     "save_folder": "hub.saving",
 }
 
-variants.register()
-auto.register()
+# Once these are imported, which loading any model does: by themselves they cost a second.
+when_imported("transformers.activations", "hf_geglu.variants:register")
+when_imported("transformers.models.auto.configuration_auto", "hf_geglu.auto:register")
 neighbours.register()
 
 

@@ -42,8 +42,9 @@ def _base_type(model_type: object) -> str | None:
     return base_type if base_type in configuration_auto.CONFIG_MAPPING_NAMES else None
 
 
-def register() -> None:
-    """Teach ``AutoConfig`` the variants' model types. Idempotent and thread-safe."""
+def register(configurations: Any = None) -> None:
+    """Teach ``AutoConfig`` the variants' model types. Idempotent and thread-safe. The argument is transformers' module
+    `configuration_auto`, where its import is what asks for this."""
     with _LOCK:
         mapping = configuration_auto.CONFIG_MAPPING
         known = getattr(mapping, "_extra_content", None)

@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 SCHEMA = 1
 """Version of ``config.geglu``. A reader refuses a newer one instead of guessing."""
@@ -53,6 +52,14 @@ activation, one that the class cannot do without states it, in the saved file on
 
 class VariantLoadError(ValueError):
     """A variant that cannot be built from its config: newer schema, or sites that this class does not have."""
+
+
+def activation_named(name: str) -> Any:
+    """A new activation from transformers' ``ACT2FN``; imported here because transformers 5 brings a second's worth of
+    other modules along."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
 
 
 class PackedGLU(nn.Module):
@@ -80,7 +87,7 @@ class PackedGLU(nn.Module):
         offset: float = 0.0,
     ) -> None:
         super().__init__()
-        self.activation = ACT2FN[activation] if isinstance(activation, str) else activation
+        self.activation = activation_named(activation) if isinstance(activation, str) else activation
         self.dim, self.groups, self.offset = dim, groups, offset
 
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
@@ -115,7 +122,7 @@ class ScaledActivation(nn.Module):
 
     def __init__(self, activation: str | Callable[[torch.Tensor], torch.Tensor], a: float, beta: float) -> None:
         super().__init__()
-        self.activation = ACT2FN[activation] if isinstance(activation, str) else activation
+        self.activation = activation_named(activation) if isinstance(activation, str) else activation
         self.a, self.beta = a, beta
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -354,16 +361,16 @@ def _moved(model: nn.Module, site: dict[str, Any]) -> dict[str, str] | None:
     names = (renamed(model, f"{site['up']}.weight").removesuffix(".weight"), site.get("saved"))
     for up in (_locate(model, name, None) for name in names if name):
         beside = {} if up is None else dict(model.get_submodule(up.rpartition(".")[0]).named_children())
-        found = [name for name, child in beside.items() if isinstance(child, _ACTIVATIONS)]
+        found = [name for name, child in beside.items() if isinstance(child, _activations())]
         if up is not None and len(found) == 1:
             return {"up": up, "activation": f"{up.rpartition('.')[0]}.{found[0]}"}
     return None
 
 
-_ACTIVATIONS: tuple[type, ...] = (
-    PackedGLU,
-    *(type(ACT2FN[name]) for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu")),
-)
+@functools.cache
+def _activations() -> tuple[type, ...]:
+    names = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu")
+    return (PackedGLU, *(type(activation_named(name)) for name in names))
 
 
 def located_sites(model: nn.Module, sites: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -405,7 +412,9 @@ def build_variant_blocks(model: nn.Module, geglu: Mapping[str, Any]) -> None:
     for site in located_sites(model, list(geglu["sites"])):
         if "call" in site:
             expose_activation(model.get_submodule(site["activation"].rpartition(".")[0]), site["call"])
-        activation = get_attribute(model, site["activation"]) if site["gate"] is None else ACT2FN[site["gate"]]
+        activation = (
+            get_attribute(model, site["activation"]) if site["gate"] is None else activation_named(site["gate"])
+        )
         if site["up"] is not None:
             if "stack" in site:
                 _widen_stack(model, site["up"], site["stack"])

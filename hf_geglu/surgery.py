@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from hf_geglu.conversions import Coefficients, Line, NewWeights, rewrites, scale_at_run_time
+from hf_geglu.conversions.precision import all_finite
 from hf_geglu.declaration import declare_config, site_entry, unit_settings
 from hf_geglu.errors import PlanError, SurgeryError, WeightsError
 from hf_geglu.modeling_geglu import (
@@ -175,7 +175,7 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 f"{name} is on the meta device and has no weights; load them first (where they are offloaded: load "
                 "without device_map)"
             )
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not all_finite(parameter.detach()):
             raise WeightsError(
                 f"{name} holds NaN or infinite values; nothing was converted. Check where the checkpoint comes from, "
                 "or the dtype it was loaded in"

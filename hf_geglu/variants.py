@@ -12,8 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-from transformers.activations import ACT2FN
+from typing import Any
 
 from hf_geglu.errors import VariantError
 from hf_geglu.modeling_geglu import PackedGLU
@@ -64,12 +63,17 @@ def get_variant(name: str) -> Variant:
         raise VariantError(f"unknown GLU variant {name!r}; expected one of: {', '.join(VARIANTS)}") from None
 
 
-def register() -> None:
+def register(activations: Any = None) -> None:
     """Put every variant into ``ACT2FN``. Idempotent and thread-safe.
+
+    Args:
+        activations: transformers' module of that name, where its import is what asks for this.
 
     Raises:
         VariantError: a different object already has one of the names. Nothing is registered then.
     """
+    from transformers.activations import ACT2FN
+
     entries = {variant.name: (PackedGLU, {"activation": variant.gate}) for variant in VARIANTS.values()}
     with _LOCK:
         for name, entry in entries.items():

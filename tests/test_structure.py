@@ -89,11 +89,14 @@ def test_import_is_lean():
     """Registration must not pull in what only conversions need; and importing twice does nothing."""
     code = (
         "import sys, hf_geglu, importlib; importlib.reload(hf_geglu)\n"
-        "heavy = ['hf_geglu.plan', 'hf_geglu.sites', 'transformers.modeling_utils', 'datasets', 'typer']\n"
-        "print([name for name in heavy if name in sys.modules])"
+        "heavy = ['hf_geglu.plan', 'hf_geglu.sites', 'transformers.modeling_utils', 'transformers.activations']\n"
+        "heavy += ['transformers.models.auto.configuration_auto', 'datasets', 'typer']\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+        "from transformers.activations import ACT2FN; from transformers import AutoConfig\n"
+        "print('geglu' in ACT2FN, AutoConfig.for_model('geglu_bert').model_type)"
     )
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.split("\n")[:2] == ["[]", "True geglu_bert"]
 
 
 def test_floors_agree():
