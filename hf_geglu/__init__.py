@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_geglu.hub.loading import from_pretrained
     from hf_geglu.hub.push import push
     from hf_geglu.hub.saving import save_folder
+    from hf_geglu.identifying import Identity, Unknown, identify
     from hf_geglu.inspecting import GateReport, inspect_gates
     from hf_geglu.plan import Plan, make_plan
     from hf_geglu.sites import FoundSites, Rejection, Site, find_sites
@@ -38,10 +39,12 @@ __all__ = [
     "FoundSites",
     "GateReport",
     "HfGegluError",
+    "Identity",
     "Plan",
     "Rejection",
     "Report",
     "Site",
+    "Unknown",
     "Variant",
     "collapse",
     "compare",
@@ -51,6 +54,7 @@ __all__ = [
     "forget_original",
     "from_pretrained",
     "geglu_config",
+    "identify",
     "inspect_gates",
     "make_plan",
     "push",
@@ -63,11 +67,13 @@ _HOMES = {
     "Comparison": "distance",
     "FoundSites": "sites",
     "GateReport": "inspecting",
+    "Identity": "identifying",
     "Plan": "plan",
     "Rejection": "sites",
     "Report": "verify",
     "Site": "sites",
     "collapse": "collapsing",
+    "Unknown": "identifying",
     "compare": "distance",
     "convert": "converting",
     "convert_checkpoint": "checkpoint",
@@ -75,6 +81,7 @@ _HOMES = {
     "forget_original": "surgery",
     "from_pretrained": "hub.loading",
     "geglu_config": "config",
+    "identify": "identifying",
     "inspect_gates": "inspecting",
     "make_plan": "plan",
     "push": "hub.push",

@@ -4,6 +4,7 @@
     ├── VariantError          unknown GLU variant, or its name already taken in ACT2FN
     ├── SiteError             a site that cannot be what it is said to be
     │   └── NoSitesError      a model without FFN blocks
+    ├── IdentifyError         something that cannot be identified, because it is no unit
     ├── SelectionError        `layers=` matches nothing, or cannot be read
     ├── PlanError             a plan that does not fit the model, or that cannot be read
     │   └── ConversionError   no conversion leads from this site to that variant
@@ -41,6 +42,10 @@ class SiteError(HfGegluError):
 
 class NoSitesError(SiteError):
     """A model without FFN blocks."""
+
+
+class IdentifyError(HfGegluError):
+    """Something that cannot be identified, because it is no unit."""
 
 
 class SelectionError(HfGegluError):

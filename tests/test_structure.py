@@ -20,7 +20,7 @@ LAYERS = [
     ["auto", "variants", "functional", "width", "modes", "fingerprint"],
     ["inputs", "ops"],
     ["sites", "skeleton"],
-    ["selection", "conversions"],
+    ["selection", "conversions", "identifying"],
     ["native", "cost", "choice"],
     ["plan"],
     ["declaration"],

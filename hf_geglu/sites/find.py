@@ -3,7 +3,8 @@ refusal."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_geglu.inputs import Inputs
 from hf_geglu.sites.free import MOST, PATIENCE, Free, Unrun, still_open, unseen_pairs, why_open
+from hf_geglu.sites.hypotheses import Fit
 from hf_geglu.sites.locating import Seen
 from hf_geglu.sites.lone import lone_projection
 from hf_geglu.sites.observe import Probe, observe, visible
@@ -23,9 +25,25 @@ from hf_geglu.sites.stacks import Stacks, stacks_of
 from hf_geglu.sites.twin import Mold
 
 
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a site's formula rests on."""
+
+    fit: Fit
+    runner_up: Fit | None
+    direct: bool
+    """Whether the unit's answer itself enters the down projection."""
+
+
 def search(model: nn.Module, inputs: Inputs | None = None) -> FoundSites:
     """Every FFN block of a model, and every place that might have been one."""
     return _Search(model, inputs).run()
+
+
+def explore(model: nn.Module) -> tuple[FoundSites, Mapping[str, Evidence]]:
+    """The same, with the evidence for each site, by the path of its up projection."""
+    searching = _Search(model, None)
+    return searching.run(), searching.evidence
 
 
 class _Search:
@@ -37,8 +55,8 @@ class _Search:
         self._probes: dict[Hashable, Probe] = {}
         self._visited: set[int] = set()
         self._sites: list[Site] = []
-        self._ups: set[str] = set()
-        """The up projections of the sites: lists of experts make thousands of them."""
+        self.evidence: dict[str, Evidence] = {}
+        """By the up projections of the sites: lists of experts make thousands of them."""
         self._rejected: dict[str, Rejection] = {}
         self._open: list[tuple[str, str, frozenset[str]]] = []
         """Places that stay open unless one of their projections is claimed after all: path, reason, projections."""
@@ -118,9 +136,10 @@ class _Search:
 
     def _take(self, module: nn.Module, path: str, shown: Iterable[Seen]) -> None:
         """The sites that a probe showed, but for those of a block that ran inside this one."""
-        for site in (as_site(module, path, seen) for seen in shown):
-            if site.up not in self._ups:
-                self._ups.add(site.up)
+        for seen in shown:
+            site, one = as_site(module, path, seen), seen.observation
+            if site.up not in self.evidence:
+                self.evidence[site.up] = Evidence(one.fit, one.runner_up, one.direct)
                 self._sites.append(site)
 
     def _doubt(self, path: str, error: str | None, free: list[Free]) -> None:

@@ -55,7 +55,7 @@ def observe(
     with isolated():
         for stubs in stub_sets:
             asked = (
-                _recipes(block, stubs, widths, tokens) if given is None else [Recipe(stubs, (), "absent", given=given)]
+                recipes(block, stubs, widths, tokens) if given is None else [Recipe(stubs, (), "absent", given=given)]
             )
             for recipe in asked:
                 run = persist(block, mold, recipe)
@@ -85,7 +85,7 @@ def visible(block: nn.Module, stubs: Collection[str]) -> list[tuple[str, Port]]:
     ]
 
 
-def _recipes(block: nn.Module, stubs: Collection[str], widths: Collection[int], tokens: int | None) -> list[Recipe]:
+def recipes(block: nn.Module, stubs: Collection[str], widths: Collection[int], tokens: int | None) -> list[Recipe]:
     """Every way to run a block, the likeliest first."""
     ports = [port for _, port in visible(block, stubs)]
     if not widths:

@@ -149,9 +149,9 @@ class Trace(TorchFunctionMode):
             if type(value) is float and 1.0 < value < 1e3:
                 self.limits[value] = None
             if name != "forward" and not name.startswith("_") and _is_function(value):
-                twin.__dict__[name] = partial(self._hear, value, _join(path, name))
+                twin.__dict__[name] = partial(self.hear, value, _join(path, name))
         if not any(holds) and path:
-            twin.__dict__["forward"] = partial(self._hear, twin.forward, path)
+            twin.__dict__["forward"] = partial(self.hear, twin.forward, path)
         return any(holds)
 
     def _tap(self, twin: nn.Module, path: str, port: Port, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -174,7 +174,7 @@ class Trace(TorchFunctionMode):
         if self._held > MOST_HELD:
             raise ProbeError("too large to be followed as one block")
 
-    def _hear(self, function: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+    def hear(self, function: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
         """Stands for a possible activation: records tensor to tensor, passes everything else on."""
         x = args[0] if args else None
         before = x.detach().clone() if isinstance(x, torch.Tensor) and self._recording else None
@@ -232,8 +232,13 @@ class Trace(TorchFunctionMode):
         self.last_stub = None
         return self._answer(path, Port(d_in, d_out, form), x, tuple(shape))
 
+    def said(self, path: str, port: Port, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """What a projection answers with."""
+        del path, port, x
+        return self.noise(shape)
+
     def _answer(self, path: str, port: Port, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        out = self.noise(shape)
+        out = self.said(path, port, x, shape)
         if not self._recording:
             return out
         out.requires_grad_()
