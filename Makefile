@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FLOOR := .venv-floor
 EXTRAS := test,lint
 
-.PHONY: demo test test-all test-floor lint format bench clean coverage crosscheck
+.PHONY: demo test test-all test-floor lint format bench clean coverage crosscheck identify
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.neighbours: $(VENV)/.installed  ## what variants are tested beside; 0.4 GB
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[neighbours]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[neighbours,units]'
 	touch $@
 
 $(FLOOR)/.installed: pyproject.toml constraints-floor.txt
@@ -55,6 +55,9 @@ coverage: .zoo-extras/.installed  ## every model type, from its config to a relo
 
 crosscheck: .zoo-extras/.installed  ## a second opinion on the finder over every model type; docs/crosscheck.md
 	$(BIN)/python -m benchmarks.crosscheck
+
+identify: .zoo-extras/.installed  ## every feed-forward class and every config of transformers; docs/identify.md
+	$(BIN)/python -m benchmarks.identify
 
 clean:
 	rm -rf $(VENV) $(FLOOR) .zoo-extras build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

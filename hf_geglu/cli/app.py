@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from hf_geglu.cli import collapsing, inspecting, publishing
+from hf_geglu.cli import collapsing, identifying, inspecting, publishing
 from hf_geglu.errors import HfGegluError
 
 app = typer.Typer(
@@ -120,7 +120,7 @@ def convert(
     print(f"saved in {output_dir}")
 
 
-for _command in (inspecting.inspect, collapsing.collapse, *publishing.COMMANDS):
+for _command in (identifying.identify, inspecting.inspect, collapsing.collapse, *publishing.COMMANDS):
     app.command()(_command)
 
 

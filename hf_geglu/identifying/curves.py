@@ -353,4 +353,4 @@ def _limit(curve: Curve, g: Callable[[Tensor], Tensor], sign: float, precision: 
         middle = (inside + outside) / 2
         inside, outside = (inside, middle) if departs(middle) else (middle, outside)
     found = sign * inside
-    return round(found) if abs(found - round(found)) < 1e-3 else round(found, 3)
+    return float(round(found)) if abs(found - round(found)) < 1e-3 else round(found, 3)

@@ -271,7 +271,8 @@ class _Search:
     def _below(self, stacks: Stacks, path: str) -> set[str]:
         """Paths of the parameters as a probe of the module at `path` names them."""
         prefix = f"{path}." if path else ""
-        return {f"{stacks.path}.{name}".removeprefix(prefix) for name in stacks.shapes}
+        held = f"{stacks.path}." if stacks.path else ""
+        return {f"{held}{name}".removeprefix(prefix) for name in stacks.shapes}
 
     def _look_at_heads(self, model: nn.Module, path: str, free: list[Free]) -> None:
         """Projections that sit in a whole model itself: a model is no block and is never run."""

@@ -1,0 +1,99 @@
+"""Every feed-forward class of transformers identified, and every config audited.
+
+    python -m benchmarks.identify                       # benchmarks/results/identify.json and docs/identify.md
+    python -m benchmarks.identify --types bert,llama    # some; printed
+    python -m benchmarks.identify --render              # docs/identify.md from the record
+
+Fails where an identity and the second opinion (names and sources) contradict each other and nobody has decided who is
+right (benchmarks/identify_resolutions.yaml).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.identification.rendering import render
+from benchmarks.identification.tallies import contradictions, headline, merged, read_decisions
+from benchmarks.records import RESULTS, write
+from benchmarks.sweep.pool import Limits, Server, deal
+
+PAGE = Path(__file__).parents[1] / "docs" / "identify.md"
+MODULES = (
+    "transformers",
+    "transformers.modeling_utils",
+    "hf_geglu",
+    "hf_geglu.identifying.audit",
+    "benchmarks.zoo.building",
+    "benchmarks.identification.job",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", help="model types, separated by commas [default: all]")
+    parser.add_argument("--processes", type=int, default=2, help="types at a time [default: 2]")
+    parser.add_argument("--render", action="store_true", help="only write docs/identify.md again")
+    options = parser.parse_args()
+    if options.render:
+        _page()
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    types = options.types.split(",") if options.types else sorted(CONFIG_MAPPING_NAMES)
+    start = time.perf_counter()
+    rows = _rows(types, options.processes)
+    record = {
+        "seconds": round(time.perf_counter() - start),
+        "processes": options.processes,
+        "cpu_seconds": round(sum(row.get("seconds", 0) + row.get("audited", 0) for row in rows)),
+        "types": [
+            {key: row[key] for key in ("type", "skipped", "not_audited", "crash") if row.get(key)} for row in rows
+        ],
+        "classes": merged(rows),
+        "findings": [{"type": row["type"], **one} for row in rows for one in row["findings"]],
+    }
+    console = Console()
+    for line in headline(record):
+        console.print(line, markup=False)
+    open_ones, idle = contradictions(record, read_decisions())
+    for one in open_ones:
+        console.print(f"not decided: {one['class']}: {one['formula']}, but names say {one['said']}", markup=False)
+    if not options.types:
+        for name in idle:
+            console.print(f"no longer needed: {name}", markup=False)
+        write("identify", record)
+        _page()
+    if open_ones or (idle and not options.types):
+        sys.exit(1)
+
+
+def _page() -> None:
+    record = json.loads((RESULTS / "identify.json").read_text(encoding="utf-8"))
+    PAGE.write_text(render(record, read_decisions()), encoding="utf-8")
+
+
+def _rows(types: list[str], processes: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with Progress() as progress:
+        task = progress.add_task("identifying", total=len(types))
+
+        def work(name: str, servers: tuple[Server, ...]) -> None:
+            row = {"type": name, "classes": [], "findings": [], **servers[0].ask({"type": name})}
+            rows.append(row)
+            progress.update(task, advance=1, description=name)
+
+        side = ("benchmarks.identification.job:identify_type", MODULES)
+        deal(types, [side], work, processes=processes, limits=Limits(seconds=60))
+    return sorted(rows, key=lambda row: str(row["type"]))
+
+
+if __name__ == "__main__":
+    main()
