@@ -25,7 +25,7 @@ def test_snippets():
 
 
 class Glm130B(nn.Module):
-    """The unit of SwissArmyTransformer's sat/model/official/glm130B_model.py: packed, value first, F.gelu, with biases."""
+    """The unit of SwissArmyTransformer's sat/model/official/glm130B_model.py: packed, value first, biases."""
 
     def __init__(self):
         super().__init__()

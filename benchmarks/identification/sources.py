@@ -106,9 +106,7 @@ def _called(node: ast.AST) -> str:
 
 def _belongs_to_self(node: ast.AST) -> bool:
     function = getattr(node, "func", None)
-    return (
-        isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self"
-    )
+    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self"
 
 
 def _is_gated(tree: ast.AST, holders: set[str]) -> bool:

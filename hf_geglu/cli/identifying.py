@@ -19,8 +19,8 @@ def identify(
         str,
         typer.Argument(
             metavar="MODEL_OR_FILE",
-            help="A Hub id or a folder (its config is read, no weights), FILE.py[:NAME], or package.module:NAME. Code is "
-            "run only where it is named so.",
+            help="A Hub id or a folder (its config is read, no weights), FILE.py[:NAME], or package.module:NAME. Code "
+            "is run only where it is named so.",
             show_default=False,
         ),
     ],

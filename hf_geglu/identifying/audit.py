@@ -77,9 +77,10 @@ def entries(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in _declared(config):
         if isinstance(value, PretrainedConfig):
             yield from entries(value, f"{prefix}{key}.")
-        elif isinstance(value, str) and dict.__contains__(ACT2FN, value.removeprefix(_GATED)):
-            if "act" in key or "feed_forward_proj" in key:
-                yield prefix + key, value
+        elif isinstance(value, str) and ("act" in key or "feed_forward_proj" in key):
+            if value.removeprefix(_GATED) not in dict.keys(ACT2FN):
+                continue
+            yield prefix + key, value
 
 
 def switches(config: Any, prefix: str = "") -> Iterator[str]:

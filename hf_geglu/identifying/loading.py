@@ -15,7 +15,6 @@ from torch import nn
 from hf_geglu.errors import IdentifyError
 
 
-
 def names_code(target: str) -> bool:
     """Whether it is FILE.py, FILE.py:NAME or package.module:NAME, rather than a model."""
     path, _, name = target.partition(":")
@@ -86,7 +85,8 @@ def _imported(path: str) -> ModuleType:
         raise IdentifyError(f"there is no file {path}")
     name = f"_identified_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

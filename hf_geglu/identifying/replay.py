@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_geglu.sites.arguments import fill
-from hf_geglu.sites.observe import Recipe, recipes
+from hf_geglu.sites.observe import recipes
 from hf_geglu.sites.overheard import Arguments
 from hf_geglu.sites.projections import Port, within
+from hf_geglu.sites.running import Recipe
 from hf_geglu.sites.stacks import stacks_of
 from hf_geglu.sites.trace import Trace
 from hf_geglu.sites.twin import Mold
