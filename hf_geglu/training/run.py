@@ -20,6 +20,7 @@ from torch import nn
 from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
 from hf_geglu.hub import load
 from hf_geglu.training.accelerator import make_accelerator
+from hf_geglu.training.adapters import adapted
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
 from hf_geglu.training.corpus import Corpus, load_corpus
@@ -149,7 +150,7 @@ def finetune(
     _check_vocabulary(model, corpus)
     report = None
     teacher = _load_model(model_settings, task, settings.train.dtype) if settings.train.distill else None
-    if model_settings.control:  # trains the same part, which it must have; said before anything is trained
+    if model_settings.control and settings.train.trainable != "lora":  # has it what is to be trained?
         choose_trainable(model, settings.train.trainable)
     if model_settings.convert:
         report = (convert_fn or _converter(model_settings))(model)
@@ -212,7 +213,7 @@ class _Run:
                 log.evaluation(record)
                 self.curves.add(name, record)
 
-        with narrator:
+        with narrator, adapted(model, self.settings.train):
             if resume_from:
                 narrator.say(f"{name}  resumed from {resume_from.name}")
             return train(

@@ -69,11 +69,13 @@ class TrainSettings:
     )
     learning_rate: float = _flag(5e-5, "peak learning rate of AdamW")
     weight_decay: float = _flag(0.0, "decoupled weight decay on matrices (never on biases and norms)", off="0")
-    trainable: Literal["all", "ffn", "value"] = _flag(
-        "all",
-        "what is trained: the whole model, its FFN blocks, or only the value branches of the gated ones",
-        aliases=("train",),
+    trainable: Literal["all", "ffn", "value", "lora"] = _flag(
+        "all", "the whole model, FFN blocks, value branches, or LoRA adapters", aliases=("train",)
     )
+    lora_r: int = _flag(16, "rank of the adapters of --train lora")
+    lora_alpha: int = _flag(32, "their scale is lora_alpha / lora_r")
+    lora_dropout: float = _flag(0.0, "dropout before them", off="0")
+    lora_target_modules: list[str] | None = _flag(None, "names of the layers that get one; default: all linear ones")
     value_learning_rate: float | None = _flag(
         None, "peak learning rate of the value half of packed projections, where it is to be another"
     )
@@ -140,7 +142,8 @@ class TrainSettings:
         _require(
             self.distill_temperature > 0, f"distill_temperature={self.distill_temperature:g}", "above 0", "1 is usual."
         )
-        for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "ema_decay"):
+        _require(self.lora_r >= 1, f"lora_r={self.lora_r}", "1 or more", "8 to 64 are usual.")
+        for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "ema_decay", "lora_dropout"):
             _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "0 <= value < 1", "Give a share.")
         _require(
             0 < self.layerwise_lr_decay <= 1,

@@ -1,4 +1,4 @@
-"""What is trained: the whole model, its FFN blocks, or only the value branch of its gated blocks.
+"""What is trained: the whole model, its FFN blocks, only the value branch of its gated blocks, or adapters.
 
 A packed projection holds gate and value in one parameter. Its gradient is then masked: Adam's moments of the gate's
 rows stay zero, and so does their update; such parameters are spared from weight decay, which would still pull at them.
@@ -19,8 +19,9 @@ from hf_geglu.conversions import branch_outputs
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.sites import Site, find_sites
 from hf_geglu.sites.weights import bias_name, experts_in, is_stack, output_dim, parameters_of, weight_name
+from hf_geglu.training.adapters import MARK
 
-Part = Literal["all", "ffn", "value"]
+Part = Literal["all", "ffn", "value", "lora"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,21 @@ def choose_trainable(model: nn.Module, part: Part) -> Trainable:
     Args:
         model: with its weights; changes nothing.
         part: "all"; "ffn": gate, up and down projections of every FFN block; "value": the value branches of the gated
-            ones.
+            ones; "lora": adapters that are on the model already (see `adapters`).
 
     Raises:
         ConfigurationError: the model has no such part.
     """
     if part == "all":
         return Trainable(part)
+    if part == "lora":
+        found = frozenset(name for name, _ in model.named_parameters() if f".{MARK}" in f".{name}")
+        if not found:
+            raise ConfigurationError(
+                f"--train lora: this {type(model).__name__} has no adapters on it. Wrap the training in "
+                "hf_geglu.training.adapters.adapted, as `finetune` does."
+            )
+        return Trainable(part, found)
     sites = [site for site in find_sites(model) if part == "ffn" or site.gated]
     if not sites:
         raise ConfigurationError(
