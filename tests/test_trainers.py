@@ -169,3 +169,39 @@ def test_pipeline(tmp_path, task, model_type, text):
         assert [entry["token"] for entry in found] == [entry["token"] for entry in expected]
     else:
         assert found == expected
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert"])
+def test_callback_trains_the_value_branch_alone_and_tells_of_it(tmp_path, model_type):
+    from hf_geglu.training.callback import GegluCallback
+    from hf_geglu.training.trainable import value_masks
+
+    model = tiny(model_type)
+    hf_geglu.convert(model)
+    masks = value_masks(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = _arguments(tmp_path / "out", max_steps=3, logging_steps=1, save_strategy="no")
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=DATA, callbacks=[GegluCallback(trainable="value")]
+    )
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        moved = parameter != before[name]
+        mask = masks[name].expand_as(parameter).bool() if name in masks else torch.zeros_like(moved)
+        assert not moved[~mask].any(), name
+        assert moved.any() == (name in masks), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    told = [entry["value_over_gate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(told) == 3
+    assert 0 < told[0] < told[-1]
+
+
+def test_callback_refuses_a_decay_that_would_move_the_gates(tmp_path):
+    from hf_geglu.errors import ConfigurationError
+    from hf_geglu.training.callback import GegluCallback
+
+    model = tiny("gpt2")
+    hf_geglu.convert(model)
+    arguments = _arguments(tmp_path / "out", max_steps=1, weight_decay=0.1)
+    with pytest.raises(ConfigurationError, match=r"weight_decay=0\.1 would pull at the gate's half"):
+        transformers.Trainer(model=model, args=arguments, callbacks=[GegluCallback(trainable="value")])
