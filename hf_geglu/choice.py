@@ -17,14 +17,14 @@ class FitRecord:
     Attributes:
         method: the name of the conversion that was chosen, such as "per neuron".
         error: RMS of the difference of the block's output relative to that of the output, on held-out calibration data.
-            No bound over all inputs: what was measured.
+            No bound over all inputs: what was measured. None before there was anything to measure on.
         alternatives: the same for the conversions that were not chosen, by name.
         reason: why this one, in a sentence.
         width: F after the conversion; None where the block keeps its neurons.
     """
 
     method: str
-    error: float
+    error: float | None = None
     alternatives: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     width: int | None = None
@@ -40,6 +40,8 @@ class FitRecord:
         return None if data is None else cls(**data)
 
     def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.method}: lossy, how much only calibration data can tell"
         return f"{self.method}, measured relative error {self.error:.1e}"
 
 

@@ -7,7 +7,6 @@ looking.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -17,6 +16,7 @@ from hf_geglu.errors import PlanError
 from hf_geglu.native import changed_config
 from hf_geglu.plan import Plan, make_plan
 from hf_geglu.sites import find_sites
+from hf_geglu.sizing import width_changes
 from hf_geglu.skeleton import base_architecture, skeleton
 from hf_geglu.variants import VARIANTS, get_variant
 from hf_geglu.width import matched_width
@@ -97,9 +97,8 @@ def _natively_gated(config: Any, model: nn.Module, variant: str) -> Any | None:
 
 def _with_width(config: Any, model: nn.Module, width: Literal["same", "matched"] | int) -> Any:
     """`config` with another intermediate size, if `width` asks for one."""
-    sites = find_sites(model).sites
     wanted: dict[int, int] = {}
-    for site in sites:
+    for site in find_sites(model).sites:
         if width == "same" or (width == "matched" and site.gated):
             wanted[site.width] = site.width
         elif isinstance(width, str):
@@ -110,49 +109,5 @@ def _with_width(config: Any, model: nn.Module, width: Literal["same", "matched"]
             raise PlanError(f"width={width}; expected at least one neuron")
         else:
             wanted[site.width] = width
-    if all(old == new for old, new in wanted.items()):
-        return config
-    tried: list[str] = []
-    for changes in _width_changes(config, wanted):
-        shown = ", ".join(f"{key}={value}" for key, value in changes.items())
-        try:
-            changed = changed_config(config, changes)
-            observed = [site.width for site in find_sites(_on_meta(changed)).sites]
-        except Exception as error:  # an entry of that value that means something else; any class refuses in its own way
-            tried.append(f"{shown} cannot be built ({error})")
-            continue
-        if observed == [wanted[site.width] for site in sites]:
-            return changed
-        tried.append(f"{shown} gives the widths {sorted(set(observed))}")
-    raise PlanError(
-        f"no entry of {type(config).__name__} sets the intermediate sizes {sorted(wanted)} to "
-        f"{[wanted[old] for old in sorted(wanted)]}; tried: {'; '.join(tried) or 'none has that value'}. "
-        "Set them in the config yourself and call geglu_config with width='same'"
-    )
-
-
-def _width_changes(config: Any, wanted: Mapping[int, int]) -> Iterator[dict[str, Any]]:
-    """Config entries that may set the width: those with its value, and those that stand empty for a default."""
-    same = {key: wanted[value] for key, value in _entries(config) if isinstance(value, int) and value in wanted}
-    for key, value in same.items():
-        yield {key: value}
-    if same:
-        yield same
-    named = {key: value for key, value in same.items() if any(part in key for part in ("ff", "inter", "inner", "mlp"))}
-    if named and named != same:
-        yield named
-    if len(set(wanted.values())) == 1:
-        new = next(iter(wanted.values()))
-        for key, value in _entries(config):
-            if value is None and any(part in key for part in ("ff", "inter", "inner", "mlp")):
-                yield {key: new}
-
-
-def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    from transformers import PretrainedConfig
-
-    for key, value in sorted(vars(config).items()):
-        if isinstance(value, PretrainedConfig):
-            yield from _entries(value, f"{prefix}{key}.")
-        elif not isinstance(value, bool):
-            yield prefix + key, value
+    changes = width_changes(config, model, wanted)
+    return changed_config(config, changes) if changes else config

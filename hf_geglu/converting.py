@@ -15,12 +15,14 @@ from hf_geglu.errors import PlanError
 from hf_geglu.fingerprint import fingerprint
 from hf_geglu.inputs import Inputs, synthetic_inputs
 from hf_geglu.modes import evaluating
+from hf_geglu.narrowing import NarrowSettings, carry_out
 from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.provenance import Provenance, base_of, forget, remember, remember_fits
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites
 from hf_geglu.surgery import Fits, apply, revert
 from hf_geglu.verify import Report, check_exactness, check_sites, check_values
+from hf_geglu.width import Width
 
 Verify = Literal["model", "sites"]
 
@@ -37,6 +39,8 @@ def convert(
     tokenizer: Any = None,
     progress: Progress | None = None,
     variant: str = "geglu",
+    width: Width = "same",
+    narrow: NarrowSettings | None = None,
     layers: Layers = None,
     gelu: GeluForm = "owner",
     sites: Sequence[GivenSite] | None = None,
@@ -60,6 +64,8 @@ def convert(
         tokenizer: for calibration texts.
         progress: called after each calibration batch with (done, of how many).
         variant: see `make_plan`.
+        width: see `make_plan`; fewer neurons than there are take `calibration`, all of which is used, and are lossy.
+        narrow: how far to go then: the closed form, a fit of every block, or a training of the whole model.
         layers: see `make_plan`.
         gelu: see `make_plan`.
         sites: blocks named by hand, see `find_sites`.
@@ -77,21 +83,31 @@ def convert(
     found = None
     if plan is None:
         found = find_sites(model, sites=sites, inputs=inputs)
-        plan = make_plan(model, variant, layers=layers, gelu=gelu, found=found)
-    elif (variant, layers, gelu, sites) != ("geglu", None, "owner", None):
-        raise PlanError("a plan and its settings were both given; put variant, layers, gelu and sites into make_plan")
+        plan = make_plan(model, variant, width, layers, gelu=gelu, found=found)
+    elif (variant, width, layers, gelu, sites) != ("geglu", "same", None, "owner", None):
+        raise PlanError(
+            "a plan and its settings were both given; put variant, width, layers, gelu and sites into make_plan"
+        )
     if max_kl is not None and calibration is None:
         raise PlanError("max_kl is measured on calibration data; expected calibration=... beside it")
     notes: tuple[str, ...] = ()
     held_out: Measured | None = None
     if calibration is not None:
-        if fits is not None or any(entry.fitted for entry in plan.sites):
+        if fits is not None or plan.calibration is not None:
             raise PlanError(
                 "the plan is calibrated already; hand in its fits=, or calibration= with a plan without any"
             )
-        data = CalibrationData.of(calibration, tokenizer=tokenizer)
-        made = calibrate(model, plan, data, found=found, max_kl=max_kl, progress=progress)
-        plan, fits, held_out, notes = made.plan, made.fits, made.held_out, made.notes
+        if plan.narrows:
+            if max_kl is not None:
+                raise PlanError(
+                    "max_kl leaves blocks unconverted, but all of them become narrower or none; leave it out"
+                )
+            data = CalibrationData.of(calibration, tokenizer=tokenizer, tokens=None)
+            plan, fits = carry_out(model, plan, data, settings=narrow)
+        else:
+            data = CalibrationData.of(calibration, tokenizer=tokenizer)
+            made = calibrate(model, plan, data, found=found, max_kl=max_kl, progress=progress)
+            plan, fits, held_out, notes = made.plan, made.fits, made.held_out, made.notes
         inputs = data.batches[0] if inputs is None else inputs
     note = ""
     before: dict[torch.dtype, Outputs] = {}

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_geglu.conversions import Scaling, rewrites
 from hf_geglu.sites import Site
-from hf_geglu.sites.weights import experts_in, is_stack, parameters_of, weight_name
+from hf_geglu.sites.weights import bias_name, experts_in, is_stack, parameters_of, weight_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,16 @@ def cost_after(model: nn.Module, site: Site, scaling: Scaling) -> Cost:
     """Of the same block converted with that scaling."""
     shapes = {name: tuple(p.shape) for name, p in parameters_of(model, site, down=True).items()}
     return _cost_of(model, site, shapes | {each.name: each.new_shape for each in rewrites(site, scaling, shapes)})
+
+
+def cost_at_width(model: nn.Module, site: Site, scaling: Scaling, width: int) -> Cost:
+    """Of the same block converted with that scaling and with that many neurons."""
+    shapes = {name: tuple(p.shape) for name, p in parameters_of(model, site, down=True).items()}
+    shapes |= {each.name: each.new_shape for each in rewrites(site, scaling, shapes)}
+    new = {site.width: width, 2 * site.width: 2 * width}
+    outer = bias_name(site.down, site.projection)  # counts outputs of the block, whatever their number
+    sizes = {name: shape if name == outer else tuple(new.get(n, n) for n in shape) for name, shape in shapes.items()}
+    return _cost_of(model, site, sizes)
 
 
 def _cost_of(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> Cost:

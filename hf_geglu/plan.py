@@ -15,13 +15,16 @@ from torch import nn
 
 from hf_geglu.choice import CalibrationRecord, FitRecord
 from hf_geglu.conversions import Scaling, find_scaling, scale_at_run_time
-from hf_geglu.cost import Cost, cost, cost_after
+from hf_geglu.cost import Cost, cost, cost_after, cost_at_width
 from hf_geglu.errors import ConversionError, NoSitesError, PlanError
+from hf_geglu.narrow_record import NarrowRecord
 from hf_geglu.native import native_config_change
 from hf_geglu.selection import Layers, select
 from hf_geglu.sites import FoundSites, Site, find_sites
 from hf_geglu.sites.weights import is_stack, parameters_of, weight_name
+from hf_geglu.sizing import narrow_widths, width_changes
 from hf_geglu.variants import VARIANTS, get_variant
+from hf_geglu.width import Width
 
 SCHEMA = 1
 
@@ -99,8 +102,8 @@ class Plan:
     """native: a plain config loads it. portable: it carries its own modelling file. in-memory: no transformers model,
     so nothing knows how to save it."""
     tier_reason: str
-    config_changes: Mapping[str, str]
-    """For the native tier: the config entries that change, with their new values."""
+    config_changes: Mapping[str, Any]
+    """The config entries that change, with their new values: of the native tier the activation, of any the width."""
     sites: tuple[SitePlan, ...]
     refused: tuple[Untouched, ...] = ()
     """Selected sites that no conversion fits. `convert` stops here; leave them out with `layers=`."""
@@ -109,6 +112,8 @@ class Plan:
     """Of the whole model before the conversion."""
     calibration: CalibrationRecord | None = None
     """The data behind the fits of its sites."""
+    narrowing: NarrowRecord | None = None
+    """What becoming narrower cost, where it was done."""
     schema: int = field(default=SCHEMA)
 
     @property
@@ -120,6 +125,11 @@ class Plan:
     def converted(self) -> tuple[SitePlan, ...]:
         """The sites that change."""
         return tuple(site for site in self.sites if site.conversion != "keep")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether blocks get fewer neurons, which takes calibration data and is never exact."""
+        return any(site.width != site.site.width for site in self.sites)
 
     @property
     def before(self) -> Cost:
@@ -159,6 +169,7 @@ class Plan:
                     "refused": tuple(Untouched(**entry) for entry in data["refused"]),
                     "unselected": tuple(Untouched(**entry) for entry in data["unselected"]),
                     "calibration": CalibrationRecord.from_dict(data.get("calibration")),
+                    "narrowing": NarrowRecord.from_dict(data.get("narrowing")),
                 }
             )
         except (TypeError, KeyError) as error:
@@ -184,7 +195,7 @@ def _site_plan(data: dict[str, Any]) -> SitePlan:
 def make_plan(
     model: nn.Module,
     variant: str = "geglu",
-    width: Literal["same"] = "same",
+    width: Width = "same",
     layers: Layers = None,
     *,
     gelu: GeluForm = "owner",
@@ -196,7 +207,9 @@ def make_plan(
         model: a transformers model, or any module whose FFN blocks `find_sites` sees.
         variant: a name of `hf_geglu.VARIANTS`.
         width: "same" keeps every block's intermediate size, the only width at which pretrained weights carry over
-        whole. layers: which sites, see `hf_geglu.selection.select`; None for all.
+            whole. "matched" keeps the parameters (two thirds of a dense block's neurons); a share below 1 or a number
+            of neurons is taken as it is said. Such a plan is lossy, and needs calibration data to be carried out.
+        layers: which sites, see `hf_geglu.selection.select`; None for all.
         gelu: for the GELU variants, "owner" lets a block that computes the other form of GELU (erf or tanh) keep it, so
             that its conversion is exact; "named" gives every block exactly the form that `variant` names.
         found: the result of `find_sites`, where it is at hand or was made by hand.
@@ -206,14 +219,9 @@ def make_plan(
         NoSitesError: the model has no FFN block.
         SelectionError: `layers` matches nothing.
         ConversionError: none of the selected sites can become the variant.
-        PlanError: another width than "same".
+        PlanError: a width that the model's config cannot say, or that some of its blocks cannot have.
     """
     get_variant(variant)
-    if width != "same":
-        raise PlanError(
-            f"width={width!r}: pretrained blocks keep their width ('same'); a narrower block loses part of what was "
-            "learned. An untrained model of another width comes from geglu_config(config, width=...)"
-        )
     if gelu not in ("owner", "named"):
         raise PlanError(f"gelu={gelu!r}; expected 'owner' (keep the block's own form) or 'named' (the variant's form)")
     found = find_sites(model) if found is None else found
@@ -226,12 +234,13 @@ def make_plan(
             "'layers.*.w2'}]), or --sites FILE on the command line"
         )
     selected = select(found.sites, layers)
+    widths = narrow_widths(found.sites, selected, width)
     plans: list[SitePlan] = []
     refused: list[Untouched] = []
     shared = _shared_parameters(model)
     for site in selected:
         try:
-            plans.append(_plan_site(model, site, variant, gelu, shared))
+            plans.append(_plan_site(model, site, variant, gelu, shared, widths[site.up]))
         except ConversionError as error:
             refused.append(Untouched(path=site.up, activation_path=site.activation_path, reason=str(error)))
     if not plans:
@@ -291,23 +300,28 @@ def without(model: nn.Module, plan: Plan, found: FoundSites, reasons: Mapping[st
     )
 
 
-def _plan_site(model: nn.Module, site: Site, variant: str, gelu: GeluForm, shared: dict[str, list[str]]) -> SitePlan:
+def _plan_site(
+    model: nn.Module, site: Site, variant: str, gelu: GeluForm, shared: dict[str, list[str]], width: int
+) -> SitePlan:
     resolved = variant
     if gelu == "owner" and variant in _GELU_FORMS.values():
         resolved = _GELU_FORMS.get(site.activation, variant)
     gate = VARIANTS[resolved].gate
     scaling = find_scaling(site.activation, gate, gated=site.gated)
-    keep = site.gated and site.activation == gate
+    narrow = width != site.width
+    keep = site.gated and site.activation == gate and not narrow
     if not keep:
         _refuse_if_unfit(model, site, shared, scaling)
     before = cost(model, site)
+    after = before if site.gated else cost_after(model, site, scaling)
     return SitePlan(
         site=site,
         conversion="keep" if keep else "retarget" if site.gated else "expand",
         variant=resolved,
         scaling=scaling,
         before=before,
-        after=before if site.gated else cost_after(model, site, scaling),
+        after=cost_at_width(model, site, scaling, width) if narrow else after,
+        fit=FitRecord(method="narrow", width=width) if narrow else None,
     )
 
 
@@ -354,7 +368,7 @@ def _shared_parameters(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in groups for name in group}
 
 
-def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[Tier, str, dict[str, str]]:
+def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[Tier, str, dict[str, Any]]:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -362,7 +376,11 @@ def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[T
     converted = [plan for plan in plans if plan.conversion != "keep"]
     if not converted:
         return "native", "every selected block is what was asked for already", {}
-    changes: dict[str, str] = {}
+    changes: dict[str, Any] = {}
+    try:
+        widths = width_changes(model.config, model, {plan.site.width: plan.width for plan in plans}, type(model))
+    except PlanError as error:
+        return "in-memory", str(error), {}
     dense = [plan.site.up for plan in converted if plan.conversion == "expand"]
     scaled = [plan.site.up for plan in converted if scale_at_run_time(plan.site, plan.scaling)]
     if dense:
@@ -372,12 +390,14 @@ def _tier(model: nn.Module, found: FoundSites, plans: list[SitePlan]) -> tuple[T
     else:
         wanted = {plan.site.up: plan.scaling.gate for plan in plans}
         changes, reason = native_config_change(model, found, wanted)
+        if widths and all(plan.site.activation == plan.scaling.gate for plan in plans):
+            return "native", f"{type(model).__name__} takes its width from its config", widths
     if changes:
-        return "native", reason, changes
+        return "native", reason, changes | widths
     if not type(model).__module__.startswith("transformers."):
         own = f"{type(model).__name__} is not a class of transformers, so a loader could not build its variant"
         return "in-memory", f"{reason}; {own}", {}
-    return "portable", reason, {}
+    return "portable", reason, widths
 
 
 def _lines(plan: Plan) -> list[str]:
@@ -392,6 +412,14 @@ def _lines(plan: Plan) -> list[str]:
         f"  FFN FLOPs   {before.flops_per_token:,} -> {after.flops_per_token:,} per token",
         f"  FFN memory  {before.bytes / 2**20:,.1f} -> {after.bytes / 2**20:,.1f} MiB of weights",
     ]
+    narrow = next((entry for entry in plan.sites if entry.width != entry.site.width), None)
+    if narrow is not None:
+        old = narrow.site.width
+        lines.append(
+            f"  width       {old} -> {narrow.width} neurons ({narrow.width / old:.0%}): LOSSY; only {old} keeps what "
+            "was learned"
+        )
+        lines += [f"    {line}" for line in ([] if plan.narrowing is None else plan.narrowing.lines())]
     if plan.calibration is not None:
         lines.append(f"  calibrated  {plan.calibration}")
     lines += [f"  config      {key} = {value!r}" for key, value in plan.config_changes.items()]

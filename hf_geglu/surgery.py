@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers.activations import ACT2FN
@@ -208,6 +208,11 @@ def _rewrite_parameters(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
     if entry.conversion == "expand" and not is_stack(site.projection):
         up = model.get_submodule(site.up)
         _replace(model, site.up, widen(up, entry.width), undo)
+    if entry.width != site.width:
+        _resize(model, site.down, "in", entry.width, undo)
+        outputs = entry.width if site.layout == "separate" else 2 * entry.width
+        for path in dict.fromkeys((site.gate, site.up)) if site.gated else ():
+            _resize(model, path, "out", outputs, undo)
     weight = parameters[weight_name(site.up, site.projection)]
     for change in changes:
         old = parameters.get(change.name)
@@ -215,6 +220,19 @@ def _rewrite_parameters(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
         new = nn.Parameter(change.function(given), requires_grad=(weight if old is None else old).requires_grad)
         undo.parameters[change.name] = old
         _replace(model, change.name, new, undo)
+
+
+def _resize(model: nn.Module, path: str, end: Literal["in", "out"], width: int, undo: Undo) -> None:
+    """A copy of a projection that says it has another width at that end; its parameters follow."""
+    original = model.get_submodule(path)
+    module = copy.copy(original)
+    for name, value in vars(original).items():
+        if isinstance(value, dict):  # its own parameters and hooks, so that the original keeps what it has
+            vars(module)[name] = value.copy()
+    for name in ("in_features", "nx") if end == "in" else ("out_features", "nf"):  # nn.Linear, and GPT-2's Conv1D
+        if hasattr(module, name):
+            setattr(module, name, width)
+    _replace(model, path, module, undo)
 
 
 def _expose_activation(model: nn.Module, site: Site, undo: Undo) -> None:
@@ -278,10 +296,9 @@ def _declare(model: nn.Module, plan: Plan, undo: Undo) -> None:
     old_config: Any = model.config
     memo: dict[int, Any] = {}
     new_config = copy.deepcopy(old_config, memo)
-    if plan.tier == "native":
-        for key, value in plan.config_changes.items():
-            set_config_entry(new_config, key, value)
-    else:
+    for key, value in plan.config_changes.items():
+        set_config_entry(new_config, key, value)
+    if plan.tier == "portable":
         base_class, base_config = type(model), type(old_config)
         declare_config(new_config, base_class, [site_entry(entry, model) for entry in plan.converted], plan)
         undo.steps.append(lambda: setattr(model, "__class__", base_class))

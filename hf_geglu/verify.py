@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -321,7 +321,7 @@ def _projected(output: torch.Tensor) -> torch.Tensor:
 
 def _value_parameter(model: nn.Module, entry: SitePlan) -> tuple[nn.Parameter, torch.Tensor | None]:
     """The weight that holds the value branch, and a mask over it of which of its outputs that is (None: all)."""
-    site = entry.site
+    site = replace(entry.site, width=entry.width)
     weight = model.get_parameter(weight_name(site.up, site.projection))
     if site.layout == "separate":
         return weight, None

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from hf_geglu.errors import PlanError
+
+Width = Literal["same", "matched"] | int | float
+"""An intermediate size as a user says it: "same", "matched" (the parameters of a dense block), a share of the neurons
+below 1, or their number."""
+
 TOLERANCE = 0.02
 """A matched width may miss the exact two thirds by this share for the sake of a round number."""
 
@@ -14,7 +22,36 @@ def matched_width(width: int) -> int:
     from 3072 to 2048). Rounded to a multiple of the largest power of two, up to 64, that stays within 2 %: kernels like
     multiples of 64.
     """
-    exact = 2 * width / 3
+    return _round(2 * width / 3)
+
+
+def narrow_width(width: Width, old: int, *, gated: bool) -> int:
+    """How many neurons of `old` a block keeps.
+
+    Args:
+        width: what was asked for. "matched" keeps the parameters: two thirds of a dense block, all of a gated one. A
+            share is rounded like that; a number is taken as it is.
+        old: neurons now.
+        gated: whether the block is gated already.
+
+    Raises:
+        PlanError: more neurons than there are, none, or another word.
+    """
+    if width == "same" or (width == "matched" and gated):
+        return old
+    if width == "matched":
+        return matched_width(old)
+    if isinstance(width, float) and 0.0 < width <= 1.0:
+        return old if width == 1.0 else min(old, _round(width * old))
+    if isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= old:
+        return width
+    raise PlanError(
+        f"width={width!r} for a block of {old} neurons; expected 'same', 'matched', a share between 0 and 1 such as "
+        f"0.75, or a number from 1 to {old}"
+    )
+
+
+def _round(exact: float) -> int:
     for multiple in (64, 32, 16, 8, 4, 2):
         rounded = multiple * max(1, round(exact / multiple))
         if abs(rounded - exact) <= TOLERANCE * exact:

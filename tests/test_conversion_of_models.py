@@ -453,11 +453,6 @@ def test_plan_touches_nothing_and_needs_no_weights():
     assert on_cpu.sites[0].site.up in str(on_cpu)
 
 
-def test_another_width_is_refused():
-    with pytest.raises(PlanError, match="keep their width"):
-        hf_geglu.make_plan(tiny("bert"), width="matched")
-
-
 # -- compare -----------------------------------------------------------------------------------------------------------
 
 

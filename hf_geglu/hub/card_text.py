@@ -27,6 +27,7 @@ def body(manifest: Manifest, *, name: str, licence: Licence, curves: str | None)
     sections = [
         [f"# {name}", "", _summary(manifest)],
         _converted(manifest),
+        _narrowing(manifest),
         _measured(manifest.trainings, curves),
         _verification(manifest.provenance.report),
         _loading(manifest, name),
@@ -44,6 +45,8 @@ def _summary(manifest: Manifest) -> str:
         return f"A GeGLU variant of {base}. How it was converted is not recorded."
     blocks = f"{len(plan.converted)} feed-forward blocks"
     how = "exactly: the difference is rounding" if plan.exact else "approximately, within the bounds below"
+    if plan.narrows:
+        how = "lossy: the blocks have fewer neurons than they had, see below"
     text = f"{base} with its {blocks} converted to {_variant(plan)} ({how})"
     if manifest.trainings:
         steps = sum(run.steps for run in manifest.trainings)
@@ -84,7 +87,7 @@ def _converted(manifest: Manifest) -> list[str]:
             f"{'gated' if site.gated else 'dense'} {site.activation}",
             f"{entry.conversion} -> {entry.variant}",
             f"`{VARIANTS[entry.variant].formula}`",
-            f"{site.d_in} x {site.width} x {site.d_out}",
+            f"{site.d_in} x {entry.width} x {site.d_out}",
             error,
         )
         kinds[row] = kinds.get(row, 0) + 1
@@ -107,7 +110,45 @@ def _converted(manifest: Manifest) -> list[str]:
     return lines
 
 
+def _narrowing(manifest: Manifest) -> list[str]:
+    """What fewer neurons cost, beside other widths and beside the same treatment without a gate."""
+    plan = manifest.provenance.plan
+    record = None if plan is None else plan.narrowing
+    if record is None:
+        return []
+    points = [(record.result, "this model, as converted")]
+    if record.control is not None:
+        points.append((record.control, "dense control: the same treatment, no value branch"))
+    points += [
+        (point, "closed form only" if point.stage == "closed" else "exact in the weights") for point in record.curve
+    ]
+    figures = [
+        (name, attribute, form)
+        for name, attribute, form in (
+            ("cosine of embeddings", "cosine", ".4f"),
+            ("10-neighbour agreement", "neighbours", ".3f"),
+            ("KL (nats/token)", "kl", ".4f"),
+            ("delta nll (nats/token)", "delta_nll", "+.4f"),
+        )
+        if getattr(record.result.fidelity, attribute) is not None
+    ]
+    rows = [
+        (str(point.width), what, *(f"{getattr(point.fidelity, attribute):{form}}" for _, attribute, form in figures))
+        for point, what in points
+    ]
+    return [
+        "## What the width cost",
+        "",
+        f"The blocks had {record.old_width} neurons. This is a change of architecture that loses some of what the base "
+        "had learned; measured against the base, on calibration data that was held out:",
+        "",
+        *_table(("neurons", "model", *(name for name, _, _ in figures)), rows),
+    ]
+
+
 def _error(entry: SitePlan) -> str:
+    if entry.fit is not None and entry.fit.error is None:
+        return entry.fit.method
     if entry.fit is not None and entry.fitted:  # rounded: a row stands for many blocks
         return f"fitted ({entry.fit.method}), measured {entry.fit.error:.0e} of the output"
     return "exact" if entry.exact else f"at most {entry.scaling.max_error:.1e} a neuron"

@@ -79,6 +79,11 @@ def save_delta(
             f"this {type(inner).__name__} has no plan that could be replayed; expected a variant that was converted in "
             "this process, or saved by save_folder. Use save_folder for the whole model"
         )
+    if provenance.plan.narrows:
+        raise ManifestError(
+            f"this {type(inner).__name__} has fewer neurons than its base, so all its FFN weights are new and a delta "
+            "would not be small; use save_folder"
+        )
     where = base if base is not None else source_folder_of_base(inner, provenance)
     told = Manifest(model_class=type(inner).__name__, provenance=provenance)
     fits = known_fits(inner)
