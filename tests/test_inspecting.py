@@ -282,14 +282,46 @@ def test_progress_counts_both_passes_of_both_models():
     assert told == [(done, 8) for done in range(1, 9)]
 
 
-def test_what_cannot_be_heard_says_why():
+@pytest.mark.parametrize("converted", [False, True])
+def test_experts_hear_their_routed_tokens(converted):
     model = tiny("mixtral")
-    report = hf_geglu.inspect_gates(model, _batches(model))
-    if any(site.kind == "experts" for site in report.sites):
-        assert all("experts are one parameter" in site.reasons[0] for site in report.sites)
-        assert "not measured at" in str(report)
-    else:  # transformers 4: a module each, which hears the tokens that are routed to it
-        assert sum(site.tokens for site in report.sites) > 0
+    if converted:
+        hf_geglu.convert(model)
+    batches = _batches(model)
+    report = hf_geglu.inspect_gates(model, batches)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    stacks = [site for site in report.sites if site.experts is not None]
+    if not stacks:  # transformers 4: a module each
+        assert sum(site.tokens for site in report.sites) == 2 * tokens
+        return
+    formula = activation(stacks[0].activation)
+    heard = []
+    hooks = [
+        layer.mlp.experts.act_fn.register_forward_hook(lambda _m, a, _o: heard.append(a[0].detach()))
+        for layer in model.model.layers
+    ]
+    assert len({id(layer.mlp.experts.act_fn) for layer in model.model.layers}) == 2
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    closed = torch.cat([(formula(z).abs() < CLOSED).flatten() for z in heard]).double().mean().item()
+    assert sum(site.tokens for site in stacks) == sum(len(z) for z in heard) == 2 * tokens
+    assert [sum(site.experts) for site in stacks] == [tokens, tokens]
+    assert sum(site.closed for site in stacks) / 2 == pytest.approx(closed)
+    assert "routed tokens only" in str(report)
+
+
+def test_the_kernel_of_experts_is_put_back():
+    model = tiny("mixtral")
+    before = getattr(model.config, "_experts_implementation", None)
+    hf_geglu.inspect_gates(model, _batches(model, 1))
+    assert getattr(model.config, "_experts_implementation", None) == before
+
+
+def test_a_model_without_blocks_is_refused():
     with pytest.raises(NoSitesError):
         hf_geglu.inspect_gates(nn.Linear(3, 3))
 

@@ -15,6 +15,7 @@ from torch import nn
 from hf_geglu.distance import cast
 from hf_geglu.errors import NoSitesError, SelectionError
 from hf_geglu.inputs import Inputs
+from hf_geglu.inspecting.experts import ExpertsPass, hearing_experts
 from hf_geglu.inspecting.listen import Heard, listening
 from hf_geglu.inspecting.measure import FirstPass, SecondPass
 from hf_geglu.inspecting.place import Place, down_columns, gate_rows, places, value_constants, value_rows
@@ -22,6 +23,7 @@ from hf_geglu.inspecting.report import GateReport, Neurons, SiteGates
 from hf_geglu.inspecting.sketch import nearest_cosine
 from hf_geglu.modes import evaluating
 from hf_geglu.selection import Layers, select
+from hf_geglu.sites.weights import is_stack
 
 Progress = Callable[[int, int], None]
 """(batches done, batches in all), both passes counted."""
@@ -84,25 +86,38 @@ def _inspect(
     first = {place.site.up: FirstPass(place) for place in chosen}
     reasons: dict[str, str] = {}
     second: dict[str, SecondPass] = {}
+    experts: dict[str, ExpertsPass] = {}
     if batches:
-        reasons |= _run(model, chosen, batches, lambda place, heard: first[place.site.up].add(heard), step)
+        stacks = [place for place in chosen if is_stack(place.site.projection)]
+        modules = [place for place in chosen if not is_stack(place.site.projection)]
+        with hearing_experts(model, stacks) as experts:
+            reasons |= _run(model, modules, batches, lambda place, heard: first[place.site.up].add(heard), step)
         second = {path: SecondPass.after(each) for path, each in first.items() if each.tokens}
         heard_of = [place for place in chosen if place.site.up in second]
         _run(model, heard_of, batches, lambda place, heard: second[place.site.up].add(heard), step)
     sites = []
     for place in chosen:
         path = place.site.up
+        if path in experts and experts[path].tokens_E.any():
+            sites.append(_stack(place, experts[path]))
+            continue
         why = [reasons[path]] if path in reasons else []
-        if batches and not why and path not in second:
+        if is_stack(place.site.projection) and batches:
+            why.append("its experts did not run one after the other, so none of them is heard")
+        elif batches and not why and path not in second:
             why.append("no input reached it")
         sites.append(_site(model, place, second.get(path), why))
     return GateReport(
         model_class=type(model).__name__,
         name=name,
-        tokens=max((each.tokens for each in first.values()), default=0),
+        tokens=max((site.tokens if site.experts is None else 0 for site in sites), default=0) or _routed(sites),
         sites=tuple(sites),
         note="" if batches else "weights alone: no text was run, so nothing is said of what the gates do",
     )
+
+
+def _routed(sites: Sequence[SiteGates]) -> int:
+    return max((sum(site.experts or ()) for site in sites), default=0)
 
 
 def _chosen(model: nn.Module, layers: Layers) -> tuple[Place, ...]:
@@ -128,6 +143,21 @@ def _run(
                 model(**cast(batch, model))
             step()
     return ear.unheard
+
+
+def _stack(place: Place, heard: ExpertsPass) -> SiteGates:
+    site = place.site
+    return SiteGates(
+        path=site.up,
+        layer=site.layer,
+        kind=site.kind,
+        layout=site.layout,
+        activation=site.activation,
+        width=site.width,
+        unit=place.unit,
+        reasons=("experts in one parameter: the gates of routed tokens only; no norms, duplicates or shares",),
+        **heard.facts(),
+    )
 
 
 def _site(model: nn.Module, place: Place, second: SecondPass | None, reasons: list[str]) -> SiteGates:

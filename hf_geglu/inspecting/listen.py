@@ -54,9 +54,6 @@ class Ear:
     def hooks(self, model: nn.Module, place: Place) -> Iterator[Any]:
         """Put on those of one block."""
         site = place.site
-        if site.projection in ("stack", "stack_transposed"):
-            self.unheard[site.up] = "its experts are one parameter, not modules, so nothing is heard between them"
-            return
         if site.activation not in ACTIVATIONS:
             self.unheard[site.up] = f"there is no formula for its activation {site.activation!r}"
             return

@@ -69,10 +69,12 @@ class SiteGates:
     """The same of Wv; infinite where it was zero before and is not now."""
     tokens: int = 0
     """That went through this block (experts see those routed to them)."""
+    experts: tuple[int, ...] | None = None
+    """Tokens that each expert of a stack was given."""
     closed: float | None = None
     """Share of closed gates over neurons and tokens."""
     dead: int | None = None
-    """Neurons whose gate was closed at every token."""
+    """Neurons whose gate was closed at every token (that was routed to their expert, if any was)."""
     empty: int = 0
     """Neurons that cannot reach the output, whatever the input: a zero column of Wd."""
     duplicates: int | None = None
