@@ -717,6 +717,7 @@ def variant_model_class(base: type, config_class: type) -> type:
         },
     )
     _share_checkpoint_conversions(base, variant, config_class)
+    _share_recorded_outputs(base, variant)
     return variant
 
 
@@ -727,6 +728,16 @@ non-persistent buffers would stay empty when it is loaded, and its experts would
 
 def _asked_of(base: type, name: str) -> Any:
     return classmethod(lambda cls: getattr(base, name)())
+
+
+def _share_recorded_outputs(base: type, variant: type) -> None:
+    """What `output_hidden_states` records is registered by class name when a model is built. One that was converted in
+    memory was built as another class, and would return none."""
+    for home in ("transformers.utils.output_capturing", "transformers.utils.generic"):  # version 5, version 4
+        with suppress(ImportError, AttributeError):
+            registry = importlib.import_module(home)._CAN_RECORD_REGISTRY
+            dict.__setitem__(registry, str(variant), getattr(base, "_can_record_outputs", None))
+            return
 
 
 def _share_checkpoint_conversions(base: type, variant: type, config_class: type) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny
 from torch import nn
+from transformers import AutoModel
 from versions import BEFORE_5
 
 import hf_geglu
@@ -451,6 +452,17 @@ def test_plan_touches_nothing_and_needs_no_weights():
     assert hf_geglu.make_plan(empty) == on_cpu
     assert "exact" in str(on_cpu)
     assert on_cpu.sites[0].site.up in str(on_cpu)
+
+
+def test_a_converted_body_still_tells_its_hidden_states():
+    model = tiny("bert", auto=AutoModel).eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    before = model(ids, output_hidden_states=True, output_attentions=True)
+    hf_geglu.convert(model, verify="sites")
+    after = model(ids, output_hidden_states=True, output_attentions=True)
+    assert len(after.hidden_states) == len(before.hidden_states) == 3
+    assert len(after.attentions) == len(before.attentions)
+    assert torch.allclose(after.hidden_states[1], before.hidden_states[1], atol=1e-5)
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
