@@ -9,7 +9,7 @@ of the process, with one thread.
     python -m benchmarks.narrow local --seeds 0 1 2
     python -m benchmarks.narrow heal --seeds 0
 
-Every run adds its rows to benchmarks/results/narrow.json, or replaces them.
+Every run adds its rows to benchmarks/results/quality_narrow.json, or replaces them.
 """
 
 from __future__ import annotations
@@ -119,12 +119,15 @@ def _measured(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
 
 
 def _record(row: dict[str, Any]) -> None:
-    path = RESULTS / "narrow.json"
+    path = RESULTS / "quality_narrow.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     key = ("model", "width", "stage", "value_branch", "seed")
     rows = [old for old in rows if any(old[name] != row[name] for name in key)] + [row]
     rows.sort(key=lambda each: (each["width"], STAGES.index(each["stage"]), not each["value_branch"], each["seed"]))
-    write("narrow", {"calibrated_on": CALIBRATED, "other": OTHER, "held_out_sentences": 2 * HELD_OUT, "rows": rows})
+    write(
+        "quality_narrow",
+        {"calibrated_on": CALIBRATED, "other": OTHER, "held_out_sentences": 2 * HELD_OUT, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hf_geglu.errors import PlanError
 from hf_geglu.fingerprint import fingerprint
 from hf_geglu.inputs import Inputs, synthetic_inputs
 from hf_geglu.modes import evaluating
-from hf_geglu.narrowing import NarrowSettings, carry_out
+from hf_geglu.narrowing import NarrowSettings, Stage, carry_out
 from hf_geglu.plan import GeluForm, Plan, make_plan
 from hf_geglu.provenance import Provenance, base_of, forget, remember, remember_fits
 from hf_geglu.selection import Layers
@@ -40,7 +40,7 @@ def convert(
     progress: Progress | None = None,
     variant: str = "geglu",
     width: Width = "same",
-    narrow: NarrowSettings | None = None,
+    narrow: NarrowSettings | Stage = "closed",
     layers: Layers = None,
     gelu: GeluForm = "owner",
     sites: Sequence[GivenSite] | None = None,
@@ -65,7 +65,8 @@ def convert(
         progress: called after each calibration batch with (done, of how many).
         variant: see `make_plan`.
         width: see `make_plan`; fewer neurons than there are take `calibration`, all of which is used, and are lossy.
-        narrow: how far to go then: the closed form, a fit of every block, or a training of the whole model.
+        narrow: how far to go then: "closed", the closed form; "local", a fit of every block too; "heal", a training of
+            the whole model on its original's outputs too. Or all settings.
         layers: see `make_plan`.
         gelu: see `make_plan`.
         sites: blocks named by hand, see `find_sites`.
@@ -103,7 +104,8 @@ def convert(
                     "max_kl leaves blocks unconverted, but all of them become narrower or none; leave it out"
                 )
             data = CalibrationData.of(calibration, tokenizer=tokenizer, tokens=None)
-            plan, fits = carry_out(model, plan, data, settings=narrow)
+            settings = narrow if isinstance(narrow, NarrowSettings) else NarrowSettings(stage=narrow)
+            plan, fits = carry_out(model, plan, data, settings=settings)
         else:
             data = CalibrationData.of(calibration, tokenizer=tokenizer)
             made = calibrate(model, plan, data, found=found, max_kl=max_kl, progress=progress)

@@ -157,7 +157,7 @@ def _summary(chosen: Mapping[str, FitRecord], reasons: Mapping[str, str]) -> str
     """What was picked, for how many blocks, and why the others were not asked."""
     parts = []
     for method in dict.fromkeys(record.method for record in chosen.values()):
-        errors = sorted(record.error for record in chosen.values() if record.method == method)
+        errors = sorted(record.error or 0.0 for record in chosen.values() if record.method == method)
         parts.append(
             f"{len(errors)} blocks {method} (relative error {errors[len(errors) // 2]:.1e} in the middle, "
             f"{errors[-1]:.1e} at worst)"

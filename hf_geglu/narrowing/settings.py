@@ -1,5 +1,7 @@
-"""What a narrowing does and how much of it. Defaults were chosen on MiniLM; benchmarks/results/narrow.json has the
-figures."""
+"""What a narrowing does and how much of it.
+
+Defaults were chosen on MiniLM; benchmarks/results/quality_narrow.json has the figures.
+"""
 
 from __future__ import annotations
 
