@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_geglu.hub.saving import save_folder
     from hf_geglu.identifying import Identity, Unknown, identify
     from hf_geglu.inspecting import GateReport, inspect_gates
+    from hf_geglu.optimizing import OptimizationReport, optimize
     from hf_geglu.plan import Plan, make_plan
     from hf_geglu.sites import FoundSites, Rejection, Site, find_sites
     from hf_geglu.surgery import forget_original, revert
@@ -40,6 +41,7 @@ __all__ = [
     "GateReport",
     "HfGegluError",
     "Identity",
+    "OptimizationReport",
     "Plan",
     "Rejection",
     "Report",
@@ -57,6 +59,7 @@ __all__ = [
     "identify",
     "inspect_gates",
     "make_plan",
+    "optimize",
     "push",
     "revert",
     "save_folder",
@@ -68,6 +71,7 @@ _HOMES = {
     "FoundSites": "sites",
     "GateReport": "inspecting",
     "Identity": "identifying",
+    "OptimizationReport": "optimizing",
     "Plan": "plan",
     "Rejection": "sites",
     "Report": "verify",
@@ -84,6 +88,7 @@ _HOMES = {
     "identify": "identifying",
     "inspect_gates": "inspecting",
     "make_plan": "plan",
+    "optimize": "optimizing",
     "push": "hub.push",
     "revert": "surgery",
     "save_folder": "hub.saving",

@@ -12,7 +12,7 @@
     ├── VerificationError     what came out is not what the plan promised (the model was put back)
     ├── WeightsError          NaN or infinite weights, missing or truncated tensors
     ├── AdapterError          an adapter that was trained on another base
-    ├── KernelError           a kernel of another package that would compute another function
+    ├── KernelError           a kernel that would compute another function, or that cannot run
     ├── OutputError           an output folder that must not be written
     ├── ManifestError         a saved variant whose manifest is missing, damaged or not true
     ├── PushError             a folder that must not be published
@@ -77,7 +77,7 @@ class AdapterError(HfGegluError):
 
 
 class KernelError(HfGegluError):
-    """A kernel of another package that would compute another function."""
+    """A kernel that would compute another function, or that cannot run on what it was given."""
 
 
 class OutputError(HfGegluError):

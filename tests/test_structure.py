@@ -31,7 +31,7 @@ LAYERS = [
     ["calibration"],
     ["narrowing"],
     ["provenance"],
-    ["converting", "config"],
+    ["converting", "config", "optimizing"],
     ["collapsing"],
     ["inspecting"],
     ["hub"],

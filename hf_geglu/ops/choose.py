@@ -1,0 +1,53 @@
+"""Which way a block is run, by rule from measurements (`benchmarks/speed.py`): never one that is slower than the module
+itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from hf_geglu.ops import compiled, pointwise
+
+Choice: TypeAlias = Literal["reference", "lean", "tiled"]
+
+ENOUGH_ELEMENTS = 1 << 18
+"""Tokens x intermediate size below which calling a kernel costs more than it saves."""
+
+
+SLOW_ALONE = frozenset({"gelu_pytorch_tanh", "quick_gelu", "relu2"})
+"""Activations that a CPU computes much more slowly through torch's own kernels than through a compiled one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What is known of one call before it is made."""
+
+    tokens: int
+    width: int
+    """Intermediate size."""
+    dtype: torch.dtype
+    device_type: str
+    activation: str
+    differentiated: bool
+    """Whether something is to be saved for a backward pass."""
+
+
+def choose(call: Call) -> Choice:
+    """The cheapest way for that call."""
+    if call.tokens * call.width < ENOUGH_ELEMENTS or not _has_kernel(call):
+        return "reference"
+    if not call.differentiated and call.device_type == "cpu" and call.activation not in SLOW_ALONE:
+        return "reference"  # torch's two kernels, one after the other, are as quick as one
+    return "lean"
+
+
+def _has_kernel(call: Call) -> bool:
+    """Whether the unit is one kernel there: without one the block is slower than plain torch, however little it
+    saves."""
+    if call.dtype == torch.float64 or call.device_type not in ("cpu", "cuda"):
+        return False
+    if call.device_type == "cuda" and pointwise.triton_missing() is None:
+        return True
+    return compiled.why_not(call.device_type) is None

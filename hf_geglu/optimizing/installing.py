@@ -1,0 +1,68 @@
+"""`hf_geglu.optimize`: kernels in every gated block of a model, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import nn
+
+from hf_geglu.errors import KernelError
+from hf_geglu.modeling_geglu import get_attribute
+from hf_geglu.ops import MODES, Mode
+from hf_geglu.optimizing.recognise import activation_of, block_recipe, unit_recipe
+from hf_geglu.optimizing.report import OptimizationReport, Runs, SiteOps
+from hf_geglu.optimizing.running import STATE, BlockRecipe, UnitRecipe, install, remove
+from hf_geglu.sites import Site, find_sites
+
+
+def optimize(model: nn.Module, *, ops: Mode = "auto") -> OptimizationReport:
+    """Run the gated FFN blocks of `model` by fused kernels: variants of ours and every gated model that `find_sites`
+    understands. Weights, state_dict, config and what `save_pretrained` writes stay as they are; other models of the
+    same class are not touched.
+
+    A block whose projections are hooked, wrapped (LoRA), quantised, sharded, exported or differentiated by torch.func
+    runs its own `forward`, at every call where that is so.
+
+    Args:
+        model: changed in place: its blocks get another `forward`. Copies of it keep that.
+        ops: "auto" takes at every call what is cheapest there, the module's own `forward` included. "lean" saves x,
+            gate and value for the backward pass, always. "tiled" saves x alone and computes gate and value again, a
+            tile of tokens at a time. "reference" takes everything out again.
+
+    Returns:
+        For every site what runs there and, where it is not the whole block, why not.
+
+    Raises:
+        KernelError: an unknown `ops`. Nothing was changed.
+    """
+    if ops not in MODES:
+        raise KernelError(f"unknown ops={ops!r}; expected one of: {', '.join(MODES)}")
+    for module in list(model.modules()):
+        if STATE in module.__dict__:
+            remove(module)
+    found = find_sites(model).sites
+    entries: list[SiteOps] = []
+    known: dict[Hashable, BlockRecipe | str] = {}
+    for site in found:
+        runs, reason, recipe, path = _decide(model, site, ops, known)
+        if recipe is not None:
+            install(get_attribute(model, path) if path else model, recipe)
+        entries.append(SiteOps(path=site.block, runs=runs, reason=reason))
+    return OptimizationReport(model_class=type(model).__name__, ops=ops, sites=tuple(entries))
+
+
+def _decide(
+    model: nn.Module, site: Site, mode: Mode, known: dict[Hashable, BlockRecipe | str]
+) -> tuple[Runs, str, BlockRecipe | UnitRecipe | None, str]:
+    """What runs at a site, why not more, its recipe, and the path of the module that gets it."""
+    if mode == "reference":
+        return "module", "kernels are off", None, ""
+    if not site.gated:
+        return "module", "a dense block, with no product in it; hf_geglu.convert makes it a gated one", None, ""
+    block = block_recipe(model, site, mode, known)
+    if isinstance(block, BlockRecipe):
+        return "block", "", block, site.block
+    unit = unit_recipe(model, site, mode)
+    if isinstance(unit, UnitRecipe):
+        return "unit", block, unit, activation_of(model, site)
+    return "module", block if site.activation_path is None else f"{block}; {unit}", None, ""

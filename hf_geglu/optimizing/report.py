@@ -1,0 +1,49 @@
+"""What `hf_geglu.optimize` says it did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from hf_geglu.ops import Mode
+
+Runs: TypeAlias = Literal["block", "unit", "module"]
+"""block: the whole block is one function. unit: ``activation(gate) * value`` is. module: everything is as it was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteOps:
+    """One site and what runs there from now on."""
+
+    path: str
+    """Of its block."""
+    runs: Runs
+    reason: str
+    """Why not more; empty where the whole block is one function."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationReport:
+    """One entry for every site that was found. Frozen; prints itself."""
+
+    model_class: str
+    ops: Mode
+    sites: tuple[SiteOps, ...]
+
+    def count(self, runs: Runs) -> int:
+        """How many sites run so."""
+        return sum(site.runs == runs for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model_class}, ops={self.ops!r}: {self.count('block')} blocks and {self.count('unit')} units by "
+            f"kernels, {self.count('module')} as they were"
+        ]
+        reasons = Counter((site.runs, site.reason) for site in self.sites if site.reason)
+        lines += [f"  {count} x {runs}: {reason}" for (runs, reason), count in reasons.items()]
+        return "\n".join(lines)
