@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.training.batches import Blocks, MapBlocks
-from hf_geglu.training.objectives import Objective, columns
+from hf_geglu.training.objectives import Example, Objective
 from hf_geglu.training.optimizer import load_optimizer_tensors, load_scheduler_state, optimizer_tensors, scheduler_state
 from hf_geglu.training.records import EvalRecord, StepRecord
 from hf_geglu.training.settings import TrainSettings
@@ -86,7 +86,7 @@ def fingerprint(blocks: Blocks, objective: Objective) -> dict[str, Any]:
         settings = {f.name: getattr(told, f.name) for f in fields(told)}
         found |= {name: sorted(value) if isinstance(value, frozenset) else value for name, value in settings.items()}
     if isinstance(blocks, MapBlocks):
-        first, last = (zlib.crc32(columns(blocks[i])[0].numpy().tobytes()) for i in (0, len(blocks) - 1))
+        first, last = (_checksum(blocks[i]) for i in (0, len(blocks) - 1))
         found |= {"blocks": len(blocks), "first block": first, "last block": last}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # as it will be read back
     return plain
@@ -100,6 +100,17 @@ class Companion(Protocol):
 
     def load(self, tensors: Mapping[str, Tensor], /) -> None:
         """Go on from what `tensors` gave."""
+
+
+def _checksum(example: Example) -> int:
+    """Of the tensors and numbers of an example, whatever they are called."""
+    parts = example if isinstance(example, Mapping) else {"input_ids": example}
+    total = 0
+    for name in sorted(parts):
+        value = parts[name]
+        data = value.tobytes() if hasattr(value, "tobytes") else torch.as_tensor(value).numpy().tobytes()
+        total = zlib.crc32(data, total)
+    return total
 
 
 @dataclass(frozen=True)
@@ -337,7 +348,8 @@ def _load_renamed_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     config: Any = getattr(model, "config", None)
     described = folder / "config.json"
     saved_type = json.loads(described.read_text(encoding="utf-8")).get("model_type") if described.exists() else None
-    if saved_type is None or saved_type != getattr(config, "model_type", None):
+    # of the class: an instance that was read from a file keeps what stood there, also when it was converted since
+    if saved_type is None or saved_type != getattr(type(config), "model_type", None):
         raise _other_model(folder, "the names of the weights differ")
     try:
         loaded, info = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,20 +28,21 @@ class EvalResult:
     Attributes:
         nll: mean negative log-likelihood of a predicted token, in nats.
         perplexity: exp(nll); infinite where that overflows.
-        tokens: number of predicted tokens.
+        tokens: number of predicted tokens, or of whatever else the objective predicts.
+        metrics: what the objective counts besides, such as accuracy.
     """
 
     nll: float
     perplexity: float
     tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, total_nll: float, tokens: int) -> EvalResult:
+    def of(cls, total_nll: float, tokens: int, metrics: Mapping[str, float] | None = None) -> EvalResult:
         """From the sum over all tokens."""
         nll = total_nll / tokens
-        return cls(
-            nll=nll, perplexity=math.exp(nll) if nll < 700 else math.inf if nll == nll else math.nan, tokens=tokens
-        )
+        perplexity = math.exp(nll) if nll < 700 else math.inf if nll == nll else math.nan
+        return cls(nll=nll, perplexity=perplexity, tokens=tokens, metrics=dict(metrics or {}))
 
 
 def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead) -> Tensor:
@@ -50,11 +51,19 @@ def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead) -> Tensor:
     It is computed in the head or from the logits rather than by the model, because the models of Transformers divide
     by counts of their own.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if isinstance(head, Head) and untouched(head.linear):
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return head.summed_loss(lambda: model(**inputs), batch["labels"], ignore_index=IGNORED).float()
-    output: Any = model(**inputs)
+    return _nll_of(_logits(model, batch), batch)
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    output: Any = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits
+
+
+def _nll_of(logits: Tensor, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(
         logits.flatten(0, -2).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -108,19 +117,30 @@ def evaluate(
     objective = objective or CausalLM()
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     device = accelerator.device if accelerator else next(model.parameters()).device
-    head = find_head(getattr(model, "module", model)) if head is None else head
+    metric = getattr(objective, "metric", None)
+    if metric is not None:
+        head = NoHead("the metric wants the logits")
+    elif head is None:
+        head = find_head(getattr(model, "module", model))
     sums: list[Tensor] = []
     tokens = 0
+    counts = torch.zeros(0, dtype=torch.float64)
     with torch.no_grad(), without_cache(model), evaluating(model):
         for batch in eval_batches(
             blocks, objective, batch_size=batch_size, seed=EVAL_SEED, processes=processes, process=process
         ):
             tokens += int((batch["labels"] != IGNORED).sum())
-            sums.append(summed_nll(model, to_device(batch, device), head))
+            placed = to_device(batch, device)
+            if metric is None:
+                sums.append(summed_nll(model, placed, head))
+                continue
+            logits = _logits(model, placed)
+            sums.append(_nll_of(logits, placed))
+            new = metric.counts(logits, placed["labels"])
+            counts = counts + new if len(counts) else new
     # Summed in float64 on the CPU: some devices have no float64, and float32 loses digits over many batches.
-    total = torch.tensor(
-        [float(torch.stack(sums).cpu().double().sum()) if sums else 0.0, float(tokens)], dtype=torch.float64
-    )
+    nll = float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
+    total = torch.cat([torch.tensor([nll, float(tokens)], dtype=torch.float64), counts])
     if processes > 1:
         total = accelerator.reduce(total.to(device), reduction="sum").cpu()
     if total[1] == 0:
@@ -128,4 +148,4 @@ def evaluate(
             f"{len(blocks)} evaluation blocks hold nothing to predict: expected at least one token. Give more "
             "validation text, or none at all."
         )
-    return EvalResult.of(float(total[0]), int(total[1]))
+    return EvalResult.of(float(total[0]), int(total[1]), metric.values(total[2:]) if metric else None)

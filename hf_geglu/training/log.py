@@ -1,8 +1,8 @@
 """What a run tells: train_log.jsonl and eval_log.jsonl for programs, a progress bar and lines for people.
 
 train_log.jsonl has one object a step: {"step", "loss", "learning_rate", "grad_norm", "tokens", "predicted", "seconds",
-"tokens_per_second"}; eval_log.jsonl one an evaluation: {"step", "nll", "perplexity", "tokens"}. What is not finite is
-null.
+"tokens_per_second"}; eval_log.jsonl one an evaluation: {"step", "nll", "perplexity", "tokens", "metrics"}. What is not
+finite is null.
 """
 
 from __future__ import annotations
@@ -146,9 +146,10 @@ class Narrator:
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print a line."""
+        told = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
         self.say(
             f"{self._name}  step {record.step}/{self._total}  evaluation: nll {record.nll:.4f}  perplexity "
-            f"{record.perplexity:.2f}  ({record.tokens:,} tokens)"
+            f"{record.perplexity:.2f}{told}  ({record.tokens:,} predicted)"
         )
 
 

@@ -30,7 +30,7 @@ from hf_geglu.training.checkpoint import CheckpointFolder, Progress, TrainingSta
 from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
 from hf_geglu.training.head import Head, NoHead, find_head
-from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
+from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective, token_count
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, seed_generators
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
@@ -253,10 +253,7 @@ def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any, loss_o
     counts = torch.tensor(
         [
             sum(int((batch["labels"] != IGNORED).sum()) for batch in batches),
-            sum(
-                int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel())
-                for batch in batches
-            ),
+            sum(token_count(batch) for batch in batches),
         ],
         device=accelerator.device,
     )

@@ -1,10 +1,13 @@
 """What is predicted: how examples become a batch whose labels stand beside the logits that predict them.
 
-    B = blocks of a batch, T = tokens of the longest of them
+    B = blocks of a batch, T = tokens of the longest of them, C = classes
     batch = {"input_ids": (B, T), "labels": (B, T)[, "attention_mask": (B, T)]}, labels -100 where nothing is predicted
 
 Labels are aligned here, once: position t of the logits is scored against position t of the labels, for every
-objective. So the loop sums the cross entropy and counts the labels without knowing which objective it trains.
+objective. So the loop sums the cross entropy and counts the labels without knowing which objective it trains: a
+classifier has logits (B, C) and labels (B,), and what it is weighted by are examples.
+
+This file has the two objectives that need nothing but tokens; those of the other tasks are in `tasks`.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import torch
 from torch import Tensor
 
 from hf_geglu.errors import ConfigurationError
+from hf_geglu.training.isolation import Isolation, is_token, isolated
+from hf_geglu.training.metrics import Metric
 
 IGNORED = -100
 """Label of a position at which nothing is predicted: the `ignore_index` of torch and transformers."""
 
-Task = Literal["clm", "mlm"]
+LanguageTask = Literal["clm", "mlm"]
+Task = Literal["clm", "mlm", "seq2seq", "sft", "text_classification", "token_classification", "image_classification"]
 Example: TypeAlias = Mapping[str, Any] | Sequence[int] | Tensor
 Batch: TypeAlias = dict[str, Tensor]
 
@@ -31,11 +37,23 @@ class Objective(Protocol):
     """Makes batches. The result may depend on nothing but the arguments."""
 
     @property
-    def pad_token_id(self) -> int:
-        """What shorter blocks are filled up with (masked out of attention and labels)."""
+    def metric(self) -> Metric | None:
+        """What an evaluation counts besides the loss; None: nothing."""
 
     def batch(self, examples: Sequence[Example], *, positions: Sequence[int], seed: int) -> Batch:
         """The batch of these examples, which are the `positions`-th of the run with this seed."""
+
+
+def token_count(batch: Mapping[str, Tensor]) -> int:
+    """Tokens that a batch sends through the model, without those that fill it up; pictures count as one."""
+    if "input_ids" not in batch:
+        return len(batch["labels"])
+    mask = batch.get("attention_mask")
+    if "position_ids" in batch:
+        count = int(is_token(batch["position_ids"]).sum())
+    else:
+        count = batch["input_ids"].numel() if mask is None else int(mask.sum())
+    return count + (int((batch["labels"] != IGNORED).sum()) if "decoder_input_ids" in batch else 0)
 
 
 def columns(example: Example) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -52,14 +70,40 @@ def columns(example: Example) -> tuple[Tensor, Tensor, Tensor | None]:
     )
 
 
-def _stack(ids: list[Tensor], masks: list[Tensor], labels: list[Tensor], pad_token_id: int) -> Batch:
-    """Pad on the right. The attention mask is left out where it would be all ones: attention is faster without it."""
+def document_positions(example: Example) -> Tensor | None:
+    """Position ids, from 0 in each document of the block, of an example that says where its documents begin."""
+    found = example.get("position_ids") if isinstance(example, Mapping) else None
+    return None if found is None else torch.as_tensor(found, dtype=torch.long)
 
-    def pad(rows: list[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
-    batch = {"input_ids": pad(ids, pad_token_id), "labels": pad(labels, IGNORED)}
-    mask = pad(masks, 0)
+def padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Rows of unequal length as one tensor, filled up on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def stacked(
+    ids: list[Tensor],
+    masks: list[Tensor],
+    labels: list[Tensor],
+    pad_token_id: int,
+    positions: Sequence[Tensor | None] = (),
+    isolation: Isolation | None = None,
+) -> Batch:
+    """Pad on the right. The attention mask is left out where it would be all ones: attention is faster without it.
+
+    Args:
+        ids: tokens of each row.
+        masks: 1 for each token that counts.
+        labels: aligned with the tokens, or one of each row.
+        pad_token_id: what shorter rows are filled up with.
+        positions: position ids of rows that hold several documents.
+        isolation: how the model keeps them apart; None: it does not.
+    """
+    if isolation is not None and any(each is not None for each in positions):
+        every = [torch.arange(len(row)) if own is None else own for row, own in zip(ids, positions, strict=True)]
+        return isolated(ids, every, labels, isolation, pad_token_id)
+    batch = {"input_ids": padded(ids, pad_token_id), "labels": padded(labels, IGNORED)}
+    mask = padded(masks, 0)
     if not bool(mask.all()):
         batch["attention_mask"] = mask
     return batch
@@ -67,20 +111,32 @@ def _stack(ids: list[Tensor], masks: list[Tensor], labels: list[Tensor], pad_tok
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Predict each token from those before it."""
+    """Predict each token from those before it.
+
+    Attributes:
+        pad_token_id: what shorter blocks are filled up with (masked out of attention and labels).
+        isolation: how documents that share a block are kept apart.
+        metric: none; logits of a vocabulary are better not held for one.
+    """
 
     pad_token_id: int = 0
+    isolation: Isolation | None = None
+    metric: Metric | None = None
 
     def batch(self, examples: Sequence[Example], *, positions: Sequence[int] = (), seed: int = 0) -> Batch:
-        """Labels are the tokens one place to the left; the last position of a block predicts nothing."""
-        ids, masks, labels = [], [], []
+        """Labels are the tokens one place to the left; the last position of a block or document predicts nothing."""
+        ids, masks, labels, documents = [], [], [], []
         for example in examples:
             row, mask, own = columns(example)
             wanted = (row if own is None else own).masked_fill(mask == 0, IGNORED)
+            found = document_positions(example)
+            if found is not None:
+                wanted = wanted.masked_fill(found == 0, IGNORED)
             ids.append(row)
             masks.append(mask)
             labels.append(torch.cat([wanted[1:], wanted.new_full((1,), IGNORED)]))
-        return _stack(ids, masks, labels, self.pad_token_id)
+            documents.append(found)
+        return stacked(ids, masks, labels, self.pad_token_id, documents, self.isolation)
 
 
 @dataclass(frozen=True)
@@ -98,10 +154,12 @@ class MaskedLM:
     special_ids: frozenset[int] = frozenset()
     probability: float = 0.15
     pad_token_id: int = 0
+    isolation: Isolation | None = None
+    metric: Metric | None = None
 
     def batch(self, examples: Sequence[Example], *, positions: Sequence[int], seed: int) -> Batch:
         """Labels are the hidden tokens; an example that brings its own labels is taken as it is."""
-        ids, masks, labels = [], [], []
+        ids, masks, labels, documents = [], [], [], []
         for example, position in zip(examples, positions, strict=True):
             row, mask, own = columns(example)
             if own is None:
@@ -109,7 +167,8 @@ class MaskedLM:
             ids.append(row)
             masks.append(mask)
             labels.append(own)
-        return _stack(ids, masks, labels, self.pad_token_id)
+            documents.append(document_positions(example))
+        return stacked(ids, masks, labels, self.pad_token_id, documents, self.isolation)
 
     def _hide(self, ids: Tensor, mask: Tensor, *, position: int, seed: int) -> tuple[Tensor, Tensor]:
         # Hashing seed and position decorrelates neighbouring generators, which seed + position would not.
@@ -128,8 +187,8 @@ class MaskedLM:
         return seen, ids.masked_fill(~hidden, IGNORED)
 
 
-def objective_for(task: Task, tokenizer: Any, *, mlm_probability: float = 0.15) -> Objective:
-    """The objective of a task with the ids of this tokenizer.
+def objective_for(task: LanguageTask, tokenizer: Any, *, mlm_probability: float = 0.15) -> CausalLM | MaskedLM:
+    """The objective of a language modelling task with the ids of this tokenizer.
 
     Raises:
         ConfigurationError: a masked objective with a tokenizer that has no mask token.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from hf_geglu.training.evaluation import EvalResult
 
@@ -43,11 +44,14 @@ class EvalRecord:
     nll: float
     perplexity: float
     tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def at(cls, step: int, result: EvalResult) -> EvalRecord:
         """The result of the evaluation after `step` steps."""
-        return cls(step=step, nll=result.nll, perplexity=result.perplexity, tokens=result.tokens)
+        return cls(
+            step=step, nll=result.nll, perplexity=result.perplexity, tokens=result.tokens, metrics=dict(result.metrics)
+        )
 
 
 @dataclass(frozen=True)
