@@ -35,9 +35,9 @@ from hf_geglu.skeleton import architecture
 from hf_geglu.surgery import forget_original
 from hf_geglu.training import (
     EvalRecord,
+    LanguageTask,
     Objective,
     StepRecord,
-    Task,
     TokenBlocks,
     TrainResult,
     TrainSettings,
@@ -62,7 +62,7 @@ LEARNING_RATE = 5e-5
 class _Material:
     """What every measurement of one run shares."""
 
-    task: Task
+    task: LanguageTask
     objective: Objective
     train: TokenBlocks
     held_out: TokenBlocks
@@ -183,11 +183,11 @@ def run_demo(
     return ledger
 
 
-def _load(folder: str) -> tuple[Any, Any, Task]:
+def _load(folder: str) -> tuple[Any, Any, LanguageTask]:
     from transformers import AutoConfig
 
     kind = architecture(AutoConfig.from_pretrained(folder))
-    tasks: dict[str, Task] = {"CausalLM": "clm", "LMHeadModel": "clm", "MaskedLM": "mlm"}
+    tasks: dict[str, LanguageTask] = {"CausalLM": "clm", "LMHeadModel": "clm", "MaskedLM": "mlm"}
     task = next((task for ending, task in tasks.items() if kind.__name__.endswith(ending)), None)
     if task is None:
         raise HfGegluError(
@@ -201,7 +201,7 @@ def _load(folder: str) -> tuple[Any, Any, Task]:
     return model, tokenizer, task
 
 
-def _material(tokenizer: Any, task: Task, console: Console) -> _Material:
+def _material(tokenizer: Any, task: LanguageTask, console: Console) -> _Material:
     corpus = stdlib_corpus()
     train_blocks, tally = blocks_from_texts(corpus.train, tokenizer, block_size=BLOCK_SIZE, task=task)
     held_out, _ = blocks_from_texts(corpus.held_out, tokenizer, block_size=BLOCK_SIZE, task=task)
@@ -303,7 +303,7 @@ def _picture(path: Path, name: str, rows: Sequence[Row], trained: TrainResult, c
     )
 
 
-def _record(task: Task, rows: Sequence[Row], material: _Material, trained: TrainResult) -> TrainingRecord:
+def _record(task: LanguageTask, rows: Sequence[Row], material: _Material, trained: TrainResult) -> TrainingRecord:
     """For manifest and card of the variant."""
     settings = _settings(len(trained.steps))
     return TrainingRecord(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from hf_geglu.provenance import LedgerRow, TrainingRecord
 from hf_geglu.training.corpus import Corpus
 from hf_geglu.training.objectives import Task
-from hf_geglu.training.packing import TokenBlocks
 from hf_geglu.training.records import EvalRecord, TrainResult
 from hf_geglu.training.settings import DataSettings, RunSettings
 
@@ -51,12 +49,8 @@ def training_record(
 
 
 def tokens_sha256(blocks: Any) -> str | None:
-    """SHA-256 of the training tokens (int32, little-endian) and block borders (int64); None for a stream."""
-    if not isinstance(blocks, TokenBlocks):
-        return None
-    digest = hashlib.sha256(blocks.tokens.astype("<i4").tobytes())
-    digest.update(blocks.starts.astype("<i8").tobytes())
-    return digest.hexdigest()
+    """SHA-256 of the training data in order (see `TokenBlocks.sha256`); None for a stream, or where none is at hand."""
+    return blocks.sha256() if hasattr(blocks, "sha256") else None
 
 
 def _row(name: str, record: EvalRecord) -> LedgerRow:

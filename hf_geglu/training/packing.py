@@ -1,15 +1,17 @@
-"""From documents to blocks of tokens: packing end to end, or one block a document. Nothing is dropped without being
-counted.
+"""From documents to blocks of tokens: whole documents side by side, end to end, or one block a document. Nothing is
+dropped without being counted.
 
     [bos] document [eos] [bos] document [eos] ...        cut every block_size tokens (causal)
     [cls] document [sep] document [sep] ... [sep]        each block between cls and sep (masked)
 
-A packed block may hold several documents, and attention reaches over the end of a document into the one before it, as
-in the pretraining of these models; the end-of-text token between them is what tells them apart.
+End to end ("wrapped"), attention reaches over the end of a document into the one before it, as in the pretraining of
+many models; the end-of-text token between them is what tells them apart. Whole documents side by side (`bestfit`) are
+kept apart where the model can do that (`isolation`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.objectives import Task
+from hf_geglu.training.objectives import LanguageTask
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Packing:
         before, after: tokens around each document.
         head, tail: tokens around each block; they count towards its size.
         one_each: a block for each document, cut at block_size, instead of packing.
+        around_pieces: a document that is cut into pieces has `before` and `after` around each of them.
     """
 
     block_size: int
@@ -40,11 +43,23 @@ class Packing:
     head: tuple[int, ...] = ()
     tail: tuple[int, ...] = ()
     one_each: bool = False
+    around_pieces: bool = False
 
     @property
     def room(self) -> int:
         """Tokens of documents that one block takes."""
         return self.block_size - len(self.head) - len(self.tail)
+
+    def pieces(self, document: Sequence[int]) -> Iterator[list[int]]:
+        """A document, given without special tokens, in pieces that each fit a block."""
+        if not self.around_pieces:
+            whole = [*self.before, *document, *self.after]
+            for begin in range(0, len(whole), self.block_size):
+                yield whole[begin : begin + self.block_size]
+            return
+        step = self.block_size - len(self.before) - len(self.after)
+        for begin in range(0, len(document), step):
+            yield [*self.before, *document[begin : begin + step], *self.after]
 
 
 @dataclass
@@ -60,11 +75,27 @@ class Tally:
     truncated_tokens: int = 0
     tail_tokens: int = 0
     tail_kept: bool = False
+    cut: int = 0
+    filled: int = 0
+    room: int = 0
+    unanswered: int = 0
+    unanswered_turns: int = 0
+    predicted: int = 0
 
     def line(self, what: str) -> str:
         """One line for people."""
         rows = f"{self.lines:,} lines of running text" if self.lines else f"{self.documents:,} documents"
         parts = [f"{rows}, {self.tokens:,} tokens, {self.blocks:,} blocks"]
+        if self.predicted:
+            parts[0] += f", {self.predicted:,} tokens of answers"
+        if self.room:
+            parts[0] += f" that are {self.filled / self.room:.1%} full"
+        if self.cut:
+            parts.append(f"{self.cut:,} documents longer than a block cut into pieces, none dropped")
+        if self.unanswered:
+            parts.append(f"{self.unanswered:,} whose answer lies beyond the limit left out")
+        if self.unanswered_turns:
+            parts.append(f"{self.unanswered_turns:,} earlier answers not trained on: the chat template rewrites them")
         if self.empty and not self.lines:
             parts.append(f"{self.empty:,} empty documents skipped")
         if self.truncated_documents:
@@ -79,7 +110,13 @@ class Tally:
 
 
 def packing_for(
-    task: Task, tokenizer: Any, *, block_size: int, one_each: bool = False, joined: bool = False
+    task: LanguageTask,
+    tokenizer: Any,
+    *,
+    block_size: int,
+    one_each: bool = False,
+    joined: bool = False,
+    side_by_side: bool = False,
 ) -> Packing:
     """The packing of a task with the special tokens of this tokenizer.
 
@@ -89,6 +126,7 @@ def packing_for(
         block_size: in tokens, special tokens included.
         one_each: a block for each document.
         joined: the rows are one running text, so nothing goes between them.
+        side_by_side: documents share blocks whole, each with its own special tokens.
 
     Raises:
         ConfigurationError: a block that has no room for text.
@@ -96,6 +134,8 @@ def packing_for(
     if task == "mlm":
         head = _present(tokenizer.cls_token_id)
         tail = _present(tokenizer.sep_token_id)
+        if side_by_side:
+            return _with_room(Packing(block_size, before=head, after=tail, around_pieces=True))
         packing = Packing(block_size, after=() if joined or one_each else tail, head=head, tail=tail, one_each=one_each)
     else:
         # A model that was trained with a token at the start of a document has a tokenizer that puts it there.
@@ -110,10 +150,17 @@ def packing_for(
             head=bos if begins and joined else (),
             one_each=one_each,
         )
-    if packing.room < 1:
+    return _with_room(packing)
+
+
+def _with_room(packing: Packing) -> Packing:
+    special = len(packing.head) + len(packing.tail)
+    if packing.around_pieces:
+        special += len(packing.before) + len(packing.after)
+    if packing.block_size - special < 1:
         raise ConfigurationError(
-            f"block_size={block_size} with {block_size - packing.room} special tokens in each: expected room for "
-            "text. Raise --block_size."
+            f"block_size={packing.block_size} with {special} special tokens in each: expected room for text. Raise "
+            "--block_size."
         )
     return packing
 
@@ -164,10 +211,19 @@ def pack(
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks of tokens in memory, 4 bytes a token. A torch Dataset as far as anyone asks."""
+    """Blocks of tokens in memory, 4 bytes a token. A torch Dataset as far as anyone asks.
+
+    Attributes:
+        tokens: of all blocks, one after the other.
+        starts: where each block begins, and where the last one ends.
+        labels: aligned with the tokens, -100 where nothing is predicted; None: every token is.
+        documents: where each document begins, in order, if blocks hold several that are to be kept apart.
+    """
 
     tokens: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64] = field(repr=False)
+    labels: npt.NDArray[np.int32] | None = field(default=None, repr=False)
+    documents: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, blocks: Iterable[Sequence[int]]) -> TokenBlocks:
@@ -183,8 +239,31 @@ class TokenBlocks:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        row = self.tokens[self.starts[index] : self.starts[index + 1]]
-        return {"input_ids": torch.from_numpy(row.astype(np.int64))}
+        begin, end = int(self.starts[index]), int(self.starts[index + 1])
+        example = {"input_ids": torch.from_numpy(self.tokens[begin:end].astype(np.int64))}
+        if self.labels is not None:
+            example["labels"] = torch.from_numpy(self.labels[begin:end].astype(np.int64))
+        if self.documents is not None:
+            first, last = np.searchsorted(self.documents, (begin, end))
+            begins = self.documents[first:last] - begin
+            lengths = np.diff(begins, append=end - begin)
+            positions = np.arange(end - begin, dtype=np.int64) - np.repeat(begins, lengths)
+            example["position_ids"] = torch.from_numpy(positions)
+        return example
+
+    def largest_token(self) -> int:
+        """The largest id."""
+        return int(self.tokens.max()) if len(self.tokens) else 0
+
+    def sha256(self) -> str:
+        """Of tokens and labels (int32, little-endian) and of the borders of blocks and documents (int64)."""
+        digest = hashlib.sha256(self.tokens.astype("<i4").tobytes())
+        digest.update(self.starts.astype("<i8").tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i4").tobytes())
+        if self.documents is not None:
+            digest.update(self.documents.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def tokenise(texts: Iterable[str | None], tokenizer: Any, *, batch: int = 256) -> Iterator[list[int]]:
@@ -203,7 +282,7 @@ def blocks_from_texts(
     tokenizer: Any,
     *,
     block_size: int,
-    task: Task = "clm",
+    task: LanguageTask = "clm",
     one_each: bool = False,
     keep_tail: bool = False,
 ) -> tuple[TokenBlocks, Tally]:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_geglu.errors import ConfigurationError
+from hf_geglu.training.data_settings import DataSettings
+from hf_geglu.training.flags import flag as _flag
+from hf_geglu.training.flags import require as _require
 
 SchedulerName = Literal[
     "linear",
@@ -27,27 +30,7 @@ SchedulerName = Literal[
 ]
 LATEST = "latest"
 
-
-def _flag(
-    default: Any,
-    text: str,
-    *,
-    unit: str | None = None,
-    off: str | None = None,
-    aliases: tuple[str, ...] = (),
-    **more: Any,
-) -> Any:
-    """A dataclass field whose metadata HfArgumentParser hands on to argparse."""
-    notes = [f"unit: {unit}"] * (unit is not None) + [f"off: {off}"] * (off is not None)
-    metadata: dict[str, Any] = {"help": text + (f" [{'; '.join(notes)}]" if notes else ""), **more}
-    if aliases:
-        metadata["aliases"] = [f"--{alias}" for alias in aliases]
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _require(holds: bool, given: str, expected: str, then: str) -> None:
-    if not holds:
-        raise ConfigurationError(f"{given}: expected {expected}. {then}")
+__all__ = ["LATEST", "DataSettings", "ModelSettings", "OutputSettings", "RunSettings", "SchedulerName", "TrainSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,15 +205,16 @@ class ModelSettings:
 
     _argument_group_name = "model"
 
-    model_name_or_path: str = dataclasses.field(metadata={"help": "Hub id or local folder", "aliases": ["--model"]})
+    model_name_or_path: str = _flag(dataclasses.MISSING, "Hub id or local folder", aliases=("model",))
     tokenizer_name: str | None = _flag(None, "Hub id or local folder of the tokenizer, where it is not the model's")
     model_revision: str | None = _flag(None, "branch, tag or commit on the Hub", aliases=("revision",))
     trust_remote_code: bool = _flag(False, "run code that comes with the model")
+    pad_token: str | None = _flag(None, "token that fills rows up, where the tokenizer has none")
     attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2 ...; default: transformers' choice")
     convert: bool = _flag(False, "convert the FFN blocks before training")
-    variant: str = _flag("geglu", "GLU variant to convert to: geglu, geglu_tanh, swiglu, reglu, bilinear, glu")
+    variant: str = _flag("geglu", "what to convert to: geglu, geglu_tanh, swiglu, reglu, bilinear, glu")
     layers: str | None = _flag(None, "layers to convert, such as 0-3 or 0,2,5; default: all")
-    control: bool = _flag(False, "with --convert: also train the unconverted model on the same batches, report both")
+    control: bool = _flag(False, "with --convert: train the unconverted model too, report both")
 
     def __post_init__(self) -> None:
         _require(
@@ -248,76 +232,12 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which text, and how it becomes blocks of tokens."""
-
-    _argument_group_name = "data"
-
-    dataset_name: str | None = _flag(None, "Hub id or local folder of a dataset")
-    dataset_config_name: str | None = _flag(None, "configuration of the dataset", aliases=("dataset_config",))
-    dataset_train_split: str = _flag("train", "name of the split to train on")
-    dataset_test_split: str | None = _flag(
-        None, "name of the split to evaluate on; default: validation, if there is one"
-    )
-    train_file: list[str] | None = _flag(None, "csv, tsv, json, jsonl, txt or parquet files, or a folder of such files")
-    validation_file: list[str] | None = _flag(None, "the same, to evaluate on")
-    text_column: str | None = _flag(
-        None, "column with the text; default: text, or the only one", aliases=("text_column_name", "dataset_text_field")
-    )
-    text_unit: Literal["file", "line", "paragraph"] = _flag(
-        "file", "what is one document in a txt file: all of it, each line, or each paragraph between blank lines"
-    )
-    validation_split_percentage: float = _flag(
-        5.0, "share of the rows held out where there is no validation set", unit="percent", off="0"
-    )
-    max_train_samples: int | None = _flag(None, "use only the first so many rows", unit="rows")
-    max_eval_samples: int | None = _flag(None, "the same of the validation set", unit="rows")
-    streaming: bool = _flag(False, "read the dataset while training instead of before; needs --max_steps")
-    block_size: int | None = _flag(
-        None,
-        "length of a block; default: 1024, or what the model takes if less",
-        unit="tokens",
-        aliases=("max_seq_length", "max_length"),
-    )
-    line_by_line: bool = _flag(
-        False, "masked models: one block a document, cut at --max_seq_length, instead of packing"
-    )
-    mlm_probability: float = _flag(0.15, "masked models: share of the tokens to predict", unit="0..1")
-
-    def __post_init__(self) -> None:
-        _require(
-            (self.dataset_name is None) != (self.train_file is None),
-            "no dataset" if self.dataset_name is None else "--dataset_name and --train_file",
-            "one of --dataset_name and --train_file",
-            "A Hub id or a folder for the first, csv, json, jsonl, txt or parquet files for the second.",
-        )
-        _require(
-            0 <= self.validation_split_percentage < 100,
-            f"validation_split_percentage={self.validation_split_percentage:g}",
-            "0 <= percentage < 100",
-            "0 trains without an evaluation.",
-        )
-        _require(
-            0 < self.mlm_probability < 1, f"mlm_probability={self.mlm_probability:g}", "0 < share < 1", "0.15 is usual."
-        )
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}={value}", "1 or more", "Leave it out to use all rows.")
-        _require(
-            self.block_size is None or self.block_size >= 4,
-            f"block_size={self.block_size}",
-            "4 or more",
-            "128 is small.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class OutputSettings:
     """Where the result goes."""
 
     _argument_group_name = "output"
 
-    output_dir: str = dataclasses.field(metadata={"help": "folder for model, logs and checkpoints"})
+    output_dir: str = _flag(dataclasses.MISSING, "folder for model, logs and checkpoints")
     overwrite_output_dir: bool = _flag(False, "replace what an earlier run left in the folder", aliases=("overwrite",))
     resume: str | None = _flag(
         None,
