@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,9 @@ import pytest
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 from hf_geglu.training.command_line import NOT_NEEDED, main, parse
+from hf_geglu.training.config_file import replayable
+from hf_geglu.training.log import to_json
+from hf_geglu.training.tasks import TASKS
 
 NEEDED = ["--model_name_or_path", "gpt2", "--train_file", "a.txt", "--output_dir", "out"]
 
@@ -87,7 +93,10 @@ def test_names_that_people_know(flags: list[str], where: tuple[str, str], value:
         (["--dataset_name", "x"], "--dataset_name and --train_file: expected one"),
         (["--resume", "--overwrite"], "--overwrite_output_dir and --resume"),
         (["--validation_split_percentage", "100"], "expected 0 <= percentage < 100"),
-        (["--mlm_probability", "1"], "mlm_probability=1"),
+        (["--mlm_probability", "0.2"], "--mlm_probability is a flag of mlm: the recipe clm has none of it"),
+        (["--label_column", "x"], "is a flag of image_classification, text_classification, token_classification"),
+        (["--source_lang", "en"], "--source_lang is a flag of seq2seq"),
+        (["--dataset_revision", "main"], "--dataset_revision main without --dataset_name"),
         (["--block_size", "1"], "block_size=1: expected 4 or more"),
         (["--max_train_samples", "0"], "max_train_samples=0"),
         (["--save_total_limit", "-1"], "save_total_limit=-1"),
@@ -101,7 +110,7 @@ def test_errors(flags: list[str], message: str) -> None:
 def test_what_is_required() -> None:
     with pytest.raises(ConfigurationError, match="required: --model_name_or_path"):
         parse([])
-    with pytest.raises(ConfigurationError, match="no dataset: expected one of --dataset_name and --train_file"):
+    with pytest.raises(ConfigurationError, match="no dataset: expected one of --dataset_name, --train_file"):
         parse(["--model", "gpt2", "--output_dir", "out"])
     with pytest.raises(ConfigurationError, match="'gpt2' belongs to no flag"):
         parse([*NEEDED, "gpt2"])
@@ -128,7 +137,73 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "Paste\n    this" in out
     assert "--gradient_accumulation_steps" in out
-    assert "[unit: steps; off: 0]" in " ".join(out.split())
+    assert "--eval_steps STEPS " in out
+    assert "[0 = off]" in out
+    assert "--mlm_probability" not in out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_of_each_recipe_fits_two_screens(task: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parent.parent / "scripts" / f"finetune_{task}.py"
+    with pytest.raises(SystemExit):
+        main(task, ["--help"], prog=script.name, description=ast.get_docstring(ast.parse(script.read_text())))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_file_and_flags_together(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "model_name_or_path: gpt2\ntrain-file: [a.txt, b.txt]\ntrain: {max_steps: 7, bf16: true, weight_decay: 0.1}\n"
+        "output_dir: out\nlr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}\neval_steps: null\n"
+    )
+    found = parse(["--config", str(file), "--max_steps", "9", "--train_file", "c.txt", "--bf16", "false"])
+    assert (found.model.model_name_or_path, found.output.output_dir) == ("gpt2", "out")
+    assert (found.train.max_steps, found.train.bf16, found.train.weight_decay) == (9, False, 0.1)
+    assert found.data.train_file == ["c.txt"]
+    assert found.train.scheduler_kwargs() == {"num_cycles": 2}
+    assert found.train.eval_steps == 0
+
+
+def test_saved_settings_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = parse(
+        [
+            *NEEDED,
+            "--dedup_validation",
+            "false",
+            "--lr_scheduler_kwargs",
+            '{"a": 1}',
+            "--train_file",
+            str(tmp_path / "a b.txt"),
+        ],
+        "sft",
+    )
+    Path("settings.json").write_text(to_json(replayable(given, "sft")))
+    again = parse(["--config", "settings.json"], "sft")
+    assert again == dataclasses.replace(given, data=dataclasses.replace(given.data, train_file=["a b.txt"]))
+    with pytest.raises(ConfigurationError, match="is of the recipe sft: expected clm"):
+        parse(["--config", "settings.json"], "clm")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown key lerning_rate in --config c.yaml: did you mean learning_rate?"),
+        ("train: {qqqqq: 1}", "unknown key qqqqq in --config c.yaml: expected the name of a flag"),
+        ("mlm_probability: 0.2", "unknown key mlm_probability"),
+        ("- a", "holds a list: expected lines"),
+        ("a: [", "is no YAML"),
+        ("max_steps: many", "invalid int value: 'many'"),
+    ],
+)
+def test_a_file_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        parse([*NEEDED, "--config", str(tmp_path / "c.yaml")])
+    with pytest.raises(ConfigurationError, match=r"absent\.yaml cannot be read"):
+        parse([*NEEDED, "--config", str(tmp_path / "absent.yaml")])
 
 
 def test_an_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

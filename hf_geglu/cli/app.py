@@ -124,10 +124,16 @@ for _command in (identifying.identify, inspecting.inspect, collapsing.collapse, 
     app.command()(_command)
 
 
+FinetuneTask = Literal[
+    "clm", "mlm", "seq2seq", "sft", "text_classification", "token_classification", "image_classification"
+]
+"""Those of `training.objectives.Task`, which is not imported before it is needed."""
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def finetune(
     context: typer.Context,
-    task: Annotated[Literal["clm", "mlm"], typer.Argument(help="clm: next token. mlm: hidden tokens.")],
+    task: Annotated[FinetuneTask, typer.Argument(help="What is predicted; docs/finetuning.md has each.")],
 ) -> None:
     """Fine-tune a model, converted or not. All flags: `hf-geglu finetune clm --help`."""
     from hf_geglu.training.command_line import main as run

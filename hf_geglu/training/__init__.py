@@ -7,7 +7,7 @@ from hf_geglu.training.batches import Blocks, MapBlocks
 from hf_geglu.training.checkpoint import CheckpointFolder
 from hf_geglu.training.evaluation import EvalResult, evaluate
 from hf_geglu.training.loop import train
-from hf_geglu.training.objectives import CausalLM, MaskedLM, Objective, Task, objective_for
+from hf_geglu.training.objectives import CausalLM, LanguageTask, MaskedLM, Objective, Task, objective_for
 from hf_geglu.training.packing import TokenBlocks, blocks_from_texts
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.run import RunResult, finetune
@@ -20,6 +20,7 @@ __all__ = [
     "DataSettings",
     "EvalRecord",
     "EvalResult",
+    "LanguageTask",
     "MapBlocks",
     "MaskedLM",
     "ModelSettings",

@@ -1,8 +1,8 @@
-"""Command lines of the recipes: dashes or underscores, the nearest name for an unknown flag, errors in one line."""
+"""Command lines of the recipes: flags, a file, or both; the nearest name for an unknown flag, errors in one line."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import difflib
 import logging
 import os
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_geglu.errors import ConfigurationError, HfGegluError
+from hf_geglu.training.config_file import config_words
 from hf_geglu.training.objectives import Task
+from hf_geglu.training.parser import Parser, fields_of, make_parser, names
 from hf_geglu.training.run import finetune
 from hf_geglu.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 
@@ -30,33 +32,46 @@ NOT_NEEDED = {
 """Flags that belong to other scripts and whose absence needs a word."""
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Commands to paste stay as they are; every option shows its default."""
+_GROUPS: tuple[type[Any], ...] = (ModelSettings, DataSettings, TrainSettings, OutputSettings)
 
 
-def parse(argv: Sequence[str], *, prog: str | None = None, description: str | None = None) -> RunSettings:
-    """Settings of a command line.
+def parse(
+    argv: Sequence[str], task: Task = "clm", *, prog: str | None = None, description: str | None = None
+) -> RunSettings:
+    """Settings of a command line, and of the file that its --config names; what the command line says wins.
 
     Raises:
         ConfigurationError: an unknown flag, a value that cannot be, or settings that exclude each other.
         SystemExit: --help.
     """
-    from transformers import HfArgumentParser
-
-    groups = (ModelSettings, DataSettings, TrainSettings, OutputSettings)
-    parser: Any = HfArgumentParser(
-        groups, prog=prog, description=description, formatter_class=_Help, allow_abbrev=False
-    )
-    parser.error = _refuse
-    known = sorted(
-        option for option in parser._option_string_actions if option.startswith("--") and "-" not in option[2:]
-    )
-    model, data, training, output, unknown = parser.parse_args_into_dataclasses(
-        [_underscored(word) for word in argv], return_remaining_strings=True, look_for_args_file=False
-    )
+    parser = make_parser(_GROUPS, task, prog=prog, description=_shown(description))
+    known = {name[2:]: field.name for group in _GROUPS for field in fields_of(group, task) for name in names(field)}
+    words = [_underscored(word) for word in argv]
+    file = _config_of(words)
+    if file is not None:
+        words = [*config_words(file, known, task), *words]
+    found, unknown = parser.parse_known_args(words)
     if unknown:
-        raise ConfigurationError(_about_unknown(unknown[0], known))
-    return RunSettings(model=model, data=data, train=training, output=output)
+        raise ConfigurationError(_about_unknown(unknown[0], sorted(f"--{name}" for name in known), task))
+    groups = [
+        group(**{field.name: getattr(found, field.name) for field in fields_of(group, task)}) for group in _GROUPS
+    ]
+    return RunSettings(model=groups[0], data=groups[1], train=groups[2], output=groups[3])
+
+
+def _config_of(words: Sequence[str]) -> str | None:
+    """Read before all the rest: what it holds may be what the rest requires."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    file: str | None = first.parse_known_args(list(words))[0].config
+    return file
+
+
+def _shown(description: str | None) -> str | None:
+    """Of a recipe's docstring what goes above the flags: what it is, and the first commands to paste."""
+    if description is None:
+        return None
+    return "\n\n".join(description.strip().split("\n\n")[:2])
 
 
 def _underscored(word: str) -> str:
@@ -66,16 +81,21 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _refuse(message: str) -> None:
-    raise ConfigurationError(f"{message}. Run with --help for all flags.")
-
-
-def _about_unknown(word: str, known: Sequence[str]) -> str:
+def _about_unknown(word: str, known: Sequence[str], task: Task) -> str:
     name = word.partition("=")[0]
     if not name.startswith("-"):
         return f"{word!r} belongs to no flag: expected --name value. Run with --help for all flags."
     if name in NOT_NEEDED:
         return f"unknown flag {name}: {NOT_NEEDED[name]}. Leave it out."
+    owners = {
+        other: sorted(field.metadata["tasks"])
+        for group in _GROUPS
+        for field in dataclasses.fields(group)
+        if task not in (field.metadata.get("tasks") or (task,))
+        for other in names(field)
+    }
+    if name in owners:
+        return f"{name} is a flag of {', '.join(owners[name])}: the recipe {task} has none of it. Leave it out."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"unknown flag {name}: " + (
         f"did you mean {near[0]}?" if near else "expected one of those that --help lists."
@@ -93,7 +113,7 @@ def main(
     first_process = os.environ.get("RANK", "0") == "0"
     try:
         words = sys.argv[1:] if argv is None else argv
-        settings = parse(words, prog=prog, description=description)
+        settings = parse(words, task, prog=prog, description=description)
         _be_quiet(first_process)
         result = finetune(settings, task, command=[*(prog or Path(sys.argv[0]).name).split(), *words])
     except HfGegluError as error:

@@ -8,35 +8,41 @@ comes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
-from hf_geglu.hub import load
 from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.adapters import adapted
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
-from hf_geglu.training.corpus import Corpus, load_corpus
+from hf_geglu.training.config_file import replayable
+from hf_geglu.training.corpus import Corpus
 from hf_geglu.training.curves import LiveCurves
+from hf_geglu.training.leak import find_isolation
 from hf_geglu.training.lineage import training_record
 from hf_geglu.training.log import Narrator, RunLog, to_json
 from hf_geglu.training.loop import train
-from hf_geglu.training.objectives import Objective, Task, objective_for
+from hf_geglu.training.objectives import CausalLM, MaskedLM, Objective, Task
+from hf_geglu.training.opening import (
+    check_positions,
+    check_vocabulary,
+    choose_block_size,
+    load_config,
+    load_model,
+    load_processor,
+    set_padding,
+)
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 from hf_geglu.training.output import RunFolder, check_output
-from hf_geglu.training.packing import TokenBlocks
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import ModelSettings, RunSettings, TrainSettings
+from hf_geglu.training.tasks import TASKS, Request
 from hf_geglu.training.trainable import choose_trainable
 
-DEFAULT_BLOCK_SIZE = 1024
 ConvertFn = Callable[[Any], Any]
 """Converts a model in place and returns a report that can be printed."""
 
@@ -46,7 +52,7 @@ class RunResult:
     """What `finetune` did.
 
     Attributes:
-        task: "clm" or "mlm".
+        task: one of `tasks.TASKS`.
         trained: the run of the model.
         control: that of the unconverted model on the same batches, if it was asked for.
         conversion: what the conversion reported.
@@ -63,17 +69,19 @@ class RunResult:
 
     def table(self) -> str:
         """The runs side by side, for people."""
-        rows: list[tuple[str, ...]] = [
-            ("", "first loss", "last loss", "nll at step 0", "nll at the end", "perplexity", "tokens/s")
-        ]
+        names = list(self.trained.final.metrics) if self.trained.final is not None else []
+        heads = ("", "first loss", "last loss", "nll at step 0", "nll at the end", "perplexity", *names, "tokens/s")
+        rows: list[tuple[str, ...]] = [heads]
         runs = [("model" if self.control is None else "converted", self.trained)]
         if self.control is not None:
             runs.append(("control", self.control))
         for name, run in runs:
             losses = [f"{run.losses[0]:.4f}", f"{run.losses[-1]:.4f}"] if run.steps else ["-", "-"]
-            evals = ["-"] * 3
+            evals = ["-"] * (3 + len(names))
             if run.final is not None:
-                evals = [f"{run.evals[0].nll:.4f}", f"{run.final.nll:.4f}", f"{run.final.perplexity:.2f}"]
+                last = run.final
+                evals = [f"{run.evals[0].nll:.4f}", f"{last.nll:.4f}", f"{last.perplexity:.2f}"]
+                evals += [f"{last.metrics[metric]:.4f}" for metric in names]
             rows.append((name, *losses, *evals, f"{run.tokens_per_second:,.0f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
@@ -108,7 +116,7 @@ def _summary(run: TrainResult) -> dict[str, Any]:
 def finetune(
     settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None = None, command: Sequence[str] = ()
 ) -> RunResult:
-    """Fine-tune a causal or masked language model and save it.
+    """Fine-tune a model and save it.
 
     Leaves in the output folder: the model with tokenizer and generation config (a variant also with manifest, golden
     outputs and model card, which have the run's numbers), train_log.jsonl, eval_log.jsonl,
@@ -116,7 +124,7 @@ def finetune(
 
     Args:
         settings: all of them.
-        task: "clm" predicts the next token, "mlm" hidden ones.
+        task: one of `tasks.TASKS`: "clm" predicts the next token, "mlm" hidden ones, and so on.
         convert_fn: what --convert calls; by default `hf_geglu.convert` with --variant and --layers.
         command: words of the command line, for the manifest.
 
@@ -127,17 +135,23 @@ def finetune(
         TrainingError: a run that cannot be resumed, or whose loss is no longer finite.
         HfGegluError: what the conversion raises.
     """
-    model_settings, output = settings.model, settings.output
+    kind, model_settings, output = TASKS[task], settings.model, settings.output
     files = [*(settings.data.train_file or ()), *(settings.data.validation_file or ())]
-    sources = [model_settings.model_name_or_path, settings.data.dataset_name or "", *files]
+    mixed = [source.rpartition("=")[0] for source in settings.data.dataset_mixture or ()]
+    sources = [model_settings.model_name_or_path, settings.data.dataset_name or "", *files, *mixed]
     folder, resume_from = check_output(output, sources=[source for source in sources if source])
     accelerator = make_accelerator(settings.train)
     if settings.train.max_steps >= 1:
         _check_schedule(settings.train, settings.train.max_steps)
-    config, tokenizer = _load_config(model_settings), _load_tokenizer(model_settings)
-    objective = objective_for(task, tokenizer, mlm_probability=settings.data.mlm_probability)
-    block_size = choose_block_size(settings.data.block_size, config, tokenizer)
-    corpus = load_corpus(settings.data, tokenizer, task=task, block_size=block_size, seed=settings.train.seed)
+    config, processor = load_config(model_settings), load_processor(model_settings, kind)
+    block_size = target_size = 0
+    if kind.reads == "tokens":
+        block_size = choose_block_size(settings.data.block_size, config, processor)
+        target_size = choose_block_size(
+            settings.data.max_target_length, config, processor, default=128, flag="--max_target_length"
+        )
+    prepared = kind.prepare(Request(settings.data, processor, config, block_size, settings.train.seed, target_size))
+    objective, corpus = prepared.objective, prepared.corpus
     shape = BatchShape(
         settings.train.per_device_train_batch_size,
         settings.train.gradient_accumulation_steps,
@@ -146,10 +160,19 @@ def finetune(
     total = step_count(settings.train, corpus.train, shape)
     _check_schedule(settings.train, total)
     curves = LiveCurves(folder.path, title=f"{Path(model_settings.model_name_or_path).name}: held-out loss")
-    model = _load_model(model_settings, task, settings.train.dtype)
-    _check_vocabulary(model, corpus)
+
+    def open_model() -> nn.Module:
+        options, seed = prepared.model_options, settings.train.seed
+        model = load_model(model_settings, kind, settings.train.dtype, options=options, seed=seed)
+        set_padding(model, processor)
+        return model
+
+    model = open_model()
+    if kind.reads == "tokens":
+        check_vocabulary(model, corpus)
+        check_positions(model, block_size)
     report = None
-    teacher = _load_model(model_settings, task, settings.train.dtype) if settings.train.distill else None
+    teacher = open_model() if settings.train.distill else None
     if model_settings.control and settings.train.trainable != "lora":  # has it what is to be trained?
         choose_trainable(model, settings.train.trainable)
     if model_settings.convert:
@@ -157,16 +180,18 @@ def finetune(
         _tell(accelerator, str(report))
     for line in corpus.lines:
         _tell(accelerator, line)
-    run = _Run(settings, objective, corpus, tokenizer, folder, total, curves, teacher)
+    if corpus.side_by_side and isinstance(objective, CausalLM | MaskedLM):
+        objective = _keeping_apart(objective, model, block_size, accelerator)
+    run = _Run(settings, task, objective, corpus, processor, folder, total, curves, teacher)
     trained = run.train("model", model, folder.path, resume_from)
     if accelerator.is_main_process:
         record = training_record(settings, task, corpus, trained)
-        folder.publish(model, tokenizer, record, command, curves.picture)
+        folder.publish(model, processor, record, command, curves.picture)
     del model  # before the control is loaded: both would need twice the memory
 
     control = None
     if model_settings.control:
-        unconverted = _load_model(model_settings, task, settings.train.dtype)
+        unconverted = open_model()
         place = folder.path / "control"
         control = run.train("control", unconverted, place, CheckpointFolder(place).latest() if resume_from else None)
     result = RunResult(task, trained, control, report, corpus.lines, total)
@@ -183,9 +208,10 @@ class _Run:
     """What the trainings of a run share, so that they cannot differ."""
 
     settings: RunSettings
+    task: Task
     objective: Objective
     corpus: Corpus
-    tokenizer: Any
+    processor: Any
     folder: RunFolder
     total: int
     curves: LiveCurves
@@ -199,7 +225,7 @@ class _Run:
         done = int(before["step"])
         self.curves.known(name, [EvalRecord(**record) for record in before["evals"]])
         log = RunLog(place, prepare=self._begin, resumed_at=done if resume_from else None)
-        checkpoints = CheckpointFolder(place, keep=self.settings.output.save_total_limit, tokenizer=self.tokenizer)
+        checkpoints = CheckpointFolder(place, keep=self.settings.output.save_total_limit, tokenizer=self.processor)
         narrator = Narrator(name, total=self.total, done=done, every=self.settings.train.logging_steps, quiet=not main)
 
         def on_step(record: StepRecord) -> None:
@@ -232,25 +258,25 @@ class _Run:
 
     def _begin(self) -> None:
         self.folder.open()
-        _write_json(self.folder.path / "settings.json", asdict(self.settings))
+        _write_json(self.folder.path / "settings.json", replayable(self.settings, self.task))
 
 
-def choose_block_size(wanted: int | None, config: Any, tokenizer: Any) -> int:
-    """Length of a block: what was wanted, or `DEFAULT_BLOCK_SIZE` as far as model and tokenizer go, in tokens.
-
-    Raises:
-        ConfigurationError: more than the model has positions for.
-    """
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text_config, "max_position_embeddings", None) or 0  # some models write -1 for no limit
-    if wanted is None:
-        sizes = [DEFAULT_BLOCK_SIZE, limit, int(tokenizer.model_max_length)]
-        return min(size for size in sizes if size > 0)
-    if 0 < limit < wanted:
-        raise ConfigurationError(
-            f"--block_size {wanted}: expected at most {limit}, the positions that the model has. Lower it."
-        )
-    return wanted
+def _keeping_apart(
+    objective: CausalLM | MaskedLM, model: nn.Module, block_size: int, accelerator: Any
+) -> CausalLM | MaskedLM:
+    """The objective that keeps the documents of a block apart as this model wants it; says which way, or that there is
+    none."""
+    model.to(accelerator.device)
+    causal = isinstance(objective, CausalLM)
+    found = find_isolation(model, causal=causal, longest=block_size, autocast=accelerator.autocast())
+    _tell(
+        accelerator,
+        f"packing: documents of a block are kept apart by {found}, tried on this model"
+        if found
+        else "packing: this model cannot keep the documents of a block apart; attention reaches over their ends "
+        "(--packing false gives each a block of its own)",
+    )
+    return replace(objective, isolation=found)
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -267,17 +293,6 @@ def _check_schedule(settings: TrainSettings, total_steps: int) -> None:
     make_scheduler(make_optimizer(nn.Linear(1, 1), settings), settings, total_steps=total_steps)
 
 
-def _check_vocabulary(model: nn.Module, corpus: Corpus) -> None:
-    embeddings: Any = model
-    rows = int(embeddings.get_input_embeddings().weight.shape[0])
-    for blocks in (corpus.train, corpus.validation):
-        if isinstance(blocks, TokenBlocks) and len(blocks.tokens) and int(blocks.tokens.max()) >= rows:
-            raise DataError(
-                f"the tokenizer gives token {int(blocks.tokens.max())}, the model has embeddings for {rows}: expected "
-                "a tokenizer that belongs to the model. Give --tokenizer_name, or resize the embeddings first."
-            )
-
-
 def _converter(settings: ModelSettings) -> ConvertFn:
     def convert(model: Any) -> Any:
         import hf_geglu
@@ -287,56 +302,3 @@ def _converter(settings: ModelSettings) -> ConvertFn:
         return report
 
     return convert
-
-
-def _source(settings: ModelSettings) -> dict[str, Any]:
-    return {"revision": settings.model_revision or "main", "trust_remote_code": settings.trust_remote_code}
-
-
-def _load_config(settings: ModelSettings) -> Any:
-    from transformers import AutoConfig
-
-    import hf_geglu  # noqa: F401 - makes the Auto classes know the variants
-
-    with _readable(settings.model_name_or_path):
-        return AutoConfig.from_pretrained(settings.model_name_or_path, **_source(settings))
-
-
-def _load_tokenizer(settings: ModelSettings) -> Any:
-    from transformers import AutoTokenizer
-
-    name = settings.tokenizer_name or settings.model_name_or_path
-    source = {"trust_remote_code": settings.trust_remote_code} if settings.tokenizer_name else _source(settings)
-    with _readable(name, "a tokenizer; name another with --tokenizer_name"):
-        return AutoTokenizer.from_pretrained(name, **source)
-
-
-def _load_model(settings: ModelSettings, task: Task, dtype: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
-    kind = AutoModelForCausalLM if task == "clm" else AutoModelForMaskedLM
-    more = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
-    with _readable(settings.model_name_or_path, "a causal model" if task == "clm" else "a masked language model"):
-        model: nn.Module = load(
-            kind,
-            settings.model_name_or_path,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            **_source(settings),
-            **more,
-        )
-    return model
-
-
-@contextmanager
-def _readable(name: str, expected: str = "a model") -> Iterator[None]:
-    """Turn what Transformers raises about a model that it cannot find or take into one of our errors."""
-    try:
-        yield
-    except HfGegluError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigurationError(
-            f"{name if not Path(name).is_absolute() else Path(name).name} cannot be loaded: {reason} Expected "
-            f"{expected} on the Hub or in a local folder. Check --model_name_or_path."
-        ) from error
