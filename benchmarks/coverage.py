@@ -1,6 +1,6 @@
 """Every model type of transformers: built small, searched, converted, saved, reloaded elsewhere, and trained one step.
 
-    python -m benchmarks.coverage                       # all; benchmarks/results/coverage.json and docs/coverage.md
+    python -m benchmarks.coverage                       # all; docs/coverage.md, docs/crosscheck.md and their records
     python -m benchmarks.coverage --resume              # goes on where a run was stopped
     python -m benchmarks.coverage --types bert,llama    # some; printed, nothing is written to docs
     python -m benchmarks.coverage --sample              # about 60 that stand for all
@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks import crosscheck
 from benchmarks.records import RESULTS, write
 from benchmarks.sweep.pool import Limits, sweep
 from benchmarks.sweep.rendering import headline, render
@@ -65,6 +66,7 @@ def main() -> None:
     if not some:
         write("coverage", record)
         PAGE.write_text(render(json.loads((RESULTS / "coverage.json").read_text(encoding="utf-8"))), encoding="utf-8")
+        crosscheck.publish(crosscheck.from_rows(rows), whole=True)
 
 
 def _types(options: argparse.Namespace) -> list[str]:

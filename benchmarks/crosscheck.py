@@ -4,7 +4,7 @@ resolved in writing.
     python -m benchmarks.crosscheck                     # all types; fails where a disagreement is not resolved
     python -m benchmarks.crosscheck --types bert,llama
 
-Writes benchmarks/results/crosscheck.json and docs/crosscheck.md.
+Writes benchmarks/results/crosscheck.json and docs/crosscheck.md. The coverage sweep compares too, and writes the same.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.opinions.comparing import Comparison
 from benchmarks.opinions.resolutions import Key, Resolution, read_resolutions, unresolved
 from benchmarks.records import write
 from benchmarks.sweep.pool import CONVERTING, Limits, Server, deal
@@ -36,6 +39,16 @@ def main() -> None:
 
     types = options.types.split(",") if options.types else sorted(CONFIG_MAPPING_NAMES)
     comparisons = _compare(types, options.processes)
+    if not publish(comparisons, whole=not options.types):
+        sys.exit(1)
+
+
+def publish(comparisons: list[dict[str, Any]], *, whole: bool) -> bool:
+    """Say what differs and, for the `whole` list of types, write the record and the page.
+
+    Returns:
+        Whether every difference is decided, and no decision about the whole list is idle.
+    """
     resolutions = read_resolutions()
     groups = _groups(comparisons)
     missing, idle = unresolved(groups, resolutions)
@@ -47,13 +60,24 @@ def main() -> None:
         console.print(
             f"not resolved: {key[0]} ({key[1]}), in {name}: finder: {first['finder']}; graph: {first['graph']}"
         )
-    if not options.types:
+    if whole:
         for key in idle:
             console.print(f"no longer needed: {key[0]} ({key[1]})", markup=False)
         write("crosscheck", {"comparisons": comparisons})
         PAGE.write_text(render(comparisons, resolutions), encoding="utf-8")
-    if missing or (idle and not options.types):
-        sys.exit(1)
+    return not missing and not (idle and whole)
+
+
+def from_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons that a coverage sweep has made on its way."""
+    return [row.get("comparison") or asdict(Comparison(type=row["type"], skipped=_why_not(row))) for row in rows]
+
+
+def _why_not(row: Mapping[str, Any]) -> str:
+    if row.get("not_built"):
+        return f"not built: {row['not_built']}"
+    said = f"crashed: {row['crash']}" if row.get("crash") else ""
+    return said or f"not run: {row.get('not_run') or row.get('find_error') or 'no row'}"[:300]
 
 
 def _compare(types: list[str], processes: int) -> list[dict[str, Any]]:

@@ -209,6 +209,7 @@ class _Side:
         compare_on(comparison, model, found, inputs)
         self.row.second_opinion = not comparison.skipped
         self.row.looked_into = comparison.looked_into
+        self.row.comparison = comparison.to_dict()
         self.row.disagreements = [asdict(one) for one in comparison.disagreements]
 
     def _convert(self, model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -> bool:

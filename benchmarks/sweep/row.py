@@ -29,6 +29,8 @@ class Row:
     """Whether the whole model ran, so that its autograd graph says where the blocks are (see `benchmarks.opinions`)."""
     looked_into: list[str] = field(default_factory=list)
     """Classes whose projections it has all seen at work."""
+    comparison: dict[str, Any] = field(default_factory=dict)
+    """The second opinion in full, for `benchmarks.crosscheck`."""
     disagreements: list[dict[str, str]] = field(default_factory=list)
     """Where it says otherwise: block_class, opinion, down, finder, graph."""
 

@@ -40,7 +40,7 @@ def settle(rows: Iterable[Row]) -> list[dict[str, Any]]:
     settled = looked_into - doubted
     return [
         {
-            **{key: value for key, value in row.items() if key != "looked_into"},
+            **{key: value for key, value in row.items() if key not in ("looked_into", "comparison")},
             "settled": sorted(settled & {entry[1] for entry in row.get("rejected", [])}),
         }
         for row in rows
