@@ -108,6 +108,10 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(value, tuple | list):
         for number, inner in enumerate(value):
             yield from _flat(inner, f"{name} {number}")
+    elif isinstance(value, Mapping):  # the outputs of a part, of InstructBLIP's language model
+        for key, inner in value.items():
+            if key not in _BY_THE_WAY:
+                yield from _flat(inner, f"{name} {key}")
 
 
 def comparison(

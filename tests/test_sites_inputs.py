@@ -139,3 +139,49 @@ class Normalised(nn.Module):
 def test_the_reason_names_what_stands_before_the_activation():
     (entry,) = find_sites(nn.Sequential(Normalised(), nn.ReLU())).rejected
     assert "norm is the first that changes what up says" in entry.reason
+
+
+class Queries(Streams):
+    """The second stream is used where there is a length only, which is 0 unless it is given (InstructBLIP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lime, self.kiwi = nn.Linear(D, F), nn.Linear(F, D)
+
+    def forward(self, text, query_count=0):
+        queries, text = text[:, :query_count], text[:, query_count:]
+        text = text + self.date(fn.gelu(self.fig(text)))
+        return torch.cat([self.kiwi(fn.silu(self.lime(queries))) if query_count else queries, text], dim=1)
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Queries()
+
+    def forward(self, text):
+        return self.block(text, query_count=2)
+
+
+def test_a_stream_that_was_not_called_is_said_or_found():
+    (left,) = find_sites(Asking()).rejected
+    assert "some of its projections were not called" in left.reason
+    found = find_sites(Asking(), inputs={"text": torch.randn(2, 5, D)})
+    assert [site.up for site in found] == ["block.fig", "block.lime"]
+    assert not found.rejected
+
+
+class Convolutional(nn.Module):
+    """Cannot be run, and need not be: whatever its projections are used for, they are no FFN block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back, self.head = nn.Conv2d(D, F, 3), nn.Conv2d(F, D, 1), nn.Linear(D, 7)
+
+    def forward(self, x, maps):
+        return self.head(self.back(self.wide(maps["one"])))
+
+
+def test_what_can_be_no_block_is_decided_without_a_run():
+    (entry,) = find_sites(nn.Sequential(Convolutional(), nn.ReLU())).rejected
+    assert "no two of its projections lead back" in entry.reason

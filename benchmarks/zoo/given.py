@@ -209,6 +209,7 @@ GIVEN: dict[str, Callable[[Maker], Inputs]] = {
     "lw_detr": _pixels(128),
     "lw_detr_vit": _pixels(128),
     "depth_pro": _pixels(224),
+    "janus_vqgan": _pixels(64),
     "blip-2": _with_queries,
     "instructblip": lambda m: _with_queries(m, qformer=True),
     "instructblipvideo": lambda m: _with_queries(m, frames=2, qformer=True),

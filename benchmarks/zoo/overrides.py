@@ -244,6 +244,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "prompt_encoder_config": {"image_size": 64},
     },
+    "janus_vqgan": {"num_patches": 4},
     # pictures that need not be large
     **{
         name: {"image_size": 64}

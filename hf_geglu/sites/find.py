@@ -151,13 +151,12 @@ class _Search:
             self._open.append((path, reason, frozenset(one.path for one in free)))
 
     def _look_again_at_the_rest(self, path: str, probe: Probe, free: list[Free]) -> None:
-        """What a block still holds beside the sites that it showed before it broke off: another stream's FFN block."""
+        """What a block still holds beside the sites that it showed, in what it did not get to: another stream's."""
         prefix = f"{path}." if path else ""
-        shown = [*(seen.observation.projections for seen in probe.seen), *(one.projections for one in probe.refused)]
-        explained = {f"{prefix}{relative}" for projections in shown for relative in projections}
-        rest = [one for one in free if one.path not in explained]
-        if probe.error is not None and unseen_pairs(rest):
-            self._unrun.append(Unrun(path, tuple(rest), why_open(probe.error, rest), shadowed=False))
+        rest = [one for one in free if one.path.removeprefix(prefix) in probe.idle]
+        if unseen_pairs(rest):
+            error = probe.error or "some of its projections were not called"
+            self._unrun.append(Unrun(path, tuple(rest), why_open(error, rest), shadowed=False))
 
     def _run_as_the_model_does(self) -> None:
         """Another look at the blocks that could not be run, with the arguments that the model gives them. What then

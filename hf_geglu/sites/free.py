@@ -57,14 +57,16 @@ def still_open(free: list[Free]) -> list[Free]:
 
 
 def why_open(error: str | None, free: list[Free]) -> str | None:
-    """The reason to leave these projections undecided, unless a block further up explains them; None where they cannot
-    be an FFN block.
+    """What is to be said of these projections, unless a block further up explains them: why they are undecided, or why
+    they can be no FFN block, whatever is computed; None where that need not be said.
 
     Args:
         error: why the block that holds them could not be run, None where it was and showed no link.
         free: the projections.
     """
     if error is not None and not _attention_shaped(free):
+        if not _could_be_a_block(free):
+            return "could not be run, but no two of its projections lead back to a width without mixing positions"
         return f"could not be run alone on synthetic input: {error}"
     if error is None and len(free) <= MOST and any(_there_and_back(a.port, b.port) for a in free for b in free):
         return "ran, but nothing that one of its projections says reaches another"
@@ -83,6 +85,20 @@ def unseen_pairs(free: Sequence[Free]) -> bool:
 def _only_convolves(first: Port, second: Port) -> bool:
     """Convolutions wider than 1 that do not lead back to the width they started from are no block of any kind."""
     return "convolution" in (first.form, second.form) and first.d_in != second.d_out
+
+
+def _could_be_a_block(free: Sequence[Free]) -> bool:
+    """Whether some two of them are not known to be apart and would be taken for up and down if an activation lay
+    between: they lead back to the width they start from, and neither is a convolution over positions."""
+    return any(
+        a is not b
+        and leads_on(a.port, b.port)
+        and a.port.d_in == b.port.d_out
+        and "convolution" not in (a.port.form, b.port.form)
+        and not (a.probed & b.probed)
+        for a in free
+        for b in free
+    )
 
 
 def _there_and_back(first: Port, second: Port) -> bool:

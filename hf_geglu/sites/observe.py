@@ -26,6 +26,8 @@ class Probe:
     seen: tuple[Seen, ...]
     refused: tuple[Refusal, ...]
     error: str | None
+    idle: frozenset[str] = frozenset()
+    """Projections that the run which showed a block never called, those of replaced children aside."""
 
 
 def observe(
@@ -113,4 +115,5 @@ def _probed(block: nn.Module, mold: Mold, run: Run, shown: Verdict) -> Probe:
             refused.append(Refusal(one.projections, reason))
         else:
             seen.append(located or Seen(one))
-    return Probe(tuple(seen), tuple(refused), run.error)
+    idle = {path for path, _ in visible(block, run.recipe.stubs)} - {call.path for call in run.trace.calls}
+    return Probe(tuple(seen), tuple(refused), run.error, frozenset(idle))
