@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from hf_geglu.cli import collapsing, identifying, inspecting, publishing
-from hf_geglu.errors import HfGegluError
+from hf_geglu.errors import ConfigurationError, HfGegluError
 
 app = typer.Typer(
     name="hf-geglu",
@@ -88,13 +88,51 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
     sites: Sites = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT_DIR holds.")] = False,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to fit every block's conversion to: files, a folder of them, a dataset, or builtin. Runs the "
+            "model in memory, and chooses block by block on a quarter held out.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of it, in tokens.")] = 8192,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="With --calibrate: nats a token that the conversion may cost; blocks that cost most are left as they "
+            "are. Default: no bound.",
+            show_default=False,
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Convert a checkpoint file by file, verify it, and write the variant with tokenizer, manifest and card.
 
-    The model need not fit into memory. Interrupted, the same command goes on where it stopped.
+    The model need not fit into memory, unless it is calibrated. Interrupted, the same command goes on where it stopped.
     """
+    if calibrate:
+        from hf_geglu.cli.calibrating import convert_calibrated
+
+        convert_calibrated(
+            model,
+            output_dir,
+            calibrate=calibrate,
+            tokens=calibration_tokens,
+            max_kl=max_kl,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            revision=revision,
+            sites=sites,
+            variant=variant,
+            layers=layers,
+            gelu=gelu,
+        )
+        return
+    if max_kl is not None:
+        raise ConfigurationError("--max-kl without --calibrate: expected text to measure on. Say --calibrate FILE")
     from hf_geglu.checkpoint import bytes_bar, convert_checkpoint
     from hf_geglu.sites import read_sites
 
