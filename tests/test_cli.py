@@ -105,3 +105,31 @@ def test_finetune_hands_its_flags_on(monkeypatch, capsys, tmp_path):
     code, _, err = _run(monkeypatch, capsys, "finetune", "clm", *words)
     assert code == 2
     assert "max_steps" in err
+
+
+def test_convert_calibrated_on_a_text_file(tmp_path, monkeypatch, capsys):
+    from tiny_training import SENTENCES, VOCABULARY, causal_tokenizer
+
+    model = tiny("llama", vocab_size=VOCABULARY)
+    for name, parameter in model.named_parameters():
+        parameter.data *= 12.0 if "_proj" in name else 1.0  # so that activations bend
+    model.save_pretrained(tmp_path / "base")
+    causal_tokenizer().save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES * 60), encoding="utf-8")
+    words = ("convert", tmp_path / "base", tmp_path / "out", "--calibrate", text, "--calibration-tokens", 2000)
+    code, out, err = _run(monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert "chosen on held-out data" in out
+    manifest = json.loads((tmp_path / "out" / "geglu" / "manifest.json").read_text())
+    assert manifest["provenance"]["plan"]["calibration"]["data"] == "text.txt"
+    assert str(tmp_path) not in (tmp_path / "out" / "geglu" / "manifest.json").read_text()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.hidden_act == "gelu"
+    code, _, err = _run(monkeypatch, capsys, "convert", tmp_path / "base", tmp_path / "other", "--max-kl", 0.1)
+    assert code == 2
+    assert "--calibrate" in err
+    code, _, err = _run(monkeypatch, capsys, *words[:2], tmp_path / "other", *words[3:], "--max-kl", 1e-15)
+    assert code == 2
+    assert "max_kl=1e-15" in err
+    assert not (tmp_path / "other").exists()

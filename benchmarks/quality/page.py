@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.narrow_table import section as _narrow
 from benchmarks.records import RESULTS
 
 PAGE = Path("docs") / "quality.md"
@@ -134,6 +135,7 @@ PARTS: dict[str, Callable[[Record], str]] = {
     "causal": _causal,
     "encoder": _encoder,
     "dense": _dense,
+    "narrow": _narrow,
     "recovery": _recovery,
 }
 """Part -> how its record reads; a record that is not there is left out."""
