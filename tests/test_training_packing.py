@@ -90,6 +90,11 @@ def test_blank_texts_give_no_tokens() -> None:
     assert list(tokenise(["the fox", "", "  \n", None], tokenizer))[1:] == [[], [], []]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9])
+def test_no_text_is_lost_between_batches(count: int) -> None:
+    assert len(list(tokenise(lines(count), causal_tokenizer(), batch=4))) == count
+
+
 def test_blocks_in_memory() -> None:
     blocks = TokenBlocks.of([[1, 2, 3], [4]])
     assert len(blocks) == 2

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -269,10 +270,7 @@ class TokenBlocks:
 def tokenise(texts: Iterable[str | None], tokenizer: Any, *, batch: int = 256) -> Iterator[list[int]]:
     """Token ids of each text, without special tokens; nothing of one that is empty or blank."""
     texts = iter(texts)
-    while True:
-        chunk = [text for text, _ in zip(texts, range(batch), strict=False)]
-        if not chunk:
-            return
+    while chunk := list(islice(texts, batch)):
         words = [text if text and not text.isspace() else "" for text in chunk]
         yield from tokenizer(words, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
