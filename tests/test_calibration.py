@@ -321,3 +321,21 @@ def test_saved_with_its_fits_and_replayed_bit_for_bit(tmp_path):
     (tmp_path / "variant" / FITS).unlink()
     with pytest.raises(ManifestError, match="cannot be replayed"):
         reproduce_variant(tmp_path / "variant", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral"])
+def test_nothing_of_a_batch_is_left_behind(case):
+    """Hooks that hold what they hang on are never freed: every graph would stay in memory."""
+    import gc
+    import weakref
+
+    model = lively(tiny(case, **CASES[case]))
+    sites = list(find_sites(model))
+    outputs = []
+    for site in sites:
+        down = model.get_submodule(site.down.rpartition(".")[0] if case == "mixtral" else site.down)
+        down.register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+    gather(model, data(rows=4, batch=1), statistics(model, sites), sites=sites, gradients=True)
+    gc.collect()
+    assert len(outputs) == 4 * len(sites)
+    assert not [reference for reference in outputs if reference() is not None]

@@ -122,13 +122,14 @@ class _Block:
         return [*handles, down.register_forward_hook(self._down)]
 
     def _gate(self, _: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        self.now |= {"x": args[0], "gate": out}
+        self.now |= {"x": args[0].detach(), "gate": out.detach()}
 
     def _up(self, _: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        self.now["up"] = out
+        self.now["up"] = out.detach()
 
     def _down(self, _: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
-        held, self.now = {**self.now, "h": args[0], "out": out}, {}
+        # detached, all of them: a hook on `out` that holds `out` is a cycle through the graph, which is never freed
+        held, self.now = {**self.now, "h": args[0].detach(), "out": out.detach()}, {}
         mask = self.mask[0]
         if not self.gradients:
             self._tell(held, None, mask)
