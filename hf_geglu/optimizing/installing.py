@@ -9,6 +9,8 @@ from torch import nn
 from hf_geglu.errors import KernelError
 from hf_geglu.modeling_geglu import get_attribute
 from hf_geglu.ops import MODES, Mode
+from hf_geglu.optimizing.attention import install_attention, remove_attention
+from hf_geglu.optimizing.norms import norm_recipes
 from hf_geglu.optimizing.recognise import activation_of, block_recipe, unit_recipe
 from hf_geglu.optimizing.report import OptimizationReport, Runs, SiteOps
 from hf_geglu.optimizing.running import STATE, BlockRecipe, UnitRecipe, install, remove
@@ -17,8 +19,9 @@ from hf_geglu.sites import Site, find_sites
 
 def optimize(model: nn.Module, *, ops: Mode = "auto") -> OptimizationReport:
     """Run the gated FFN blocks of `model` by fused kernels: variants of ours and every gated model that `find_sites`
-    understands. Weights, state_dict, config and what `save_pretrained` writes stay as they are; other models of the
-    same class are not touched.
+    understands; what surrounds them in a training step, RMS norms and causal attention, likewise. Weights,
+    state_dict, config and what `save_pretrained` writes stay as they are; other models of the same class are not
+    touched.
 
     A block whose projections are hooked, wrapped (LoRA), quantised, sharded, exported or differentiated by torch.func
     runs its own `forward`, at every call where that is so.
@@ -40,6 +43,7 @@ def optimize(model: nn.Module, *, ops: Mode = "auto") -> OptimizationReport:
     for module in list(model.modules()):
         if STATE in module.__dict__:
             remove(module)
+    remove_attention(model)
     found = find_sites(model).sites
     entries: list[SiteOps] = []
     known: dict[Hashable, BlockRecipe | str] = {}
@@ -48,7 +52,13 @@ def optimize(model: nn.Module, *, ops: Mode = "auto") -> OptimizationReport:
         if recipe is not None:
             install(get_attribute(model, path) if path else model, recipe)
         entries.append(SiteOps(path=site.block, runs=runs, reason=reason))
-    return OptimizationReport(model_class=type(model).__name__, ops=ops, sites=tuple(entries))
+    norms = {} if ops == "reference" else norm_recipes(model)
+    for module, norm in norms.items():
+        install(module, norm)
+    attentions = 0 if ops == "reference" else install_attention(model)
+    return OptimizationReport(
+        model_class=type(model).__name__, ops=ops, sites=tuple(entries), norms=len(norms), attentions=attentions
+    )
 
 
 def _decide(

@@ -30,6 +30,10 @@ class OptimizationReport:
     model_class: str
     ops: Mode
     sites: tuple[SiteOps, ...]
+    norms: int = 0
+    """RMS norms that keep their input alone for the backward."""
+    attentions: int = 0
+    """Attention modules whose causal calls in bfloat16, on a CPU, go by large products."""
 
     def count(self, runs: Runs) -> int:
         """How many sites run so."""
@@ -44,6 +48,8 @@ class OptimizationReport:
             f"{self.model_class}, ops={self.ops!r}: {self.count('block')} blocks and {self.count('unit')} units by "
             f"kernels, {self.count('module')} as they were"
         ]
+        if self.norms or self.attentions:
+            lines.append(f"  {self.norms} norms and {self.attentions} attention modules besides")
         reasons = Counter((site.runs, site.reason) for site in self.sites if site.reason)
         lines += [f"  {count} x {runs}: {reason}" for (runs, reason), count in reasons.items()]
         return "\n".join(lines)

@@ -18,6 +18,7 @@ from hf_geglu.ops import Form, Mode, ffn, packed_glu
 from hf_geglu.ops.block import Weights
 from hf_geglu.ops.choose import Call, choose
 from hf_geglu.ops.feed_forward import chosen
+from hf_geglu.optimizing.norms import NormRecipe
 from hf_geglu.optimizing.plain import hooked, not_plain, tensors_of, watched
 
 STATE = "_hf_geglu_ops"
@@ -191,13 +192,15 @@ def _optimised_class(base: type[nn.Module]) -> type[nn.Module]:
             answer = _forward_of_block(self, recipe, args, kwargs)
         elif type(recipe) is UnitRecipe:
             answer = _forward_of_unit(self, recipe, args, kwargs)
+        elif type(recipe) is NormRecipe:
+            answer = recipe.answer(self, args, kwargs)
         return base.forward(self, *args, **kwargs) if answer is None else answer
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (Optimised, base), {**names, "forward": forward})
 
 
-def install(module: nn.Module, recipe: BlockRecipe | UnitRecipe) -> None:
+def install(module: nn.Module, recipe: BlockRecipe | UnitRecipe | NormRecipe) -> None:
     """From now on this one module runs by that recipe."""
     if not isinstance(module, Optimised):
         module.__class__ = optimised_class(type(module))
