@@ -1,0 +1,92 @@
+"""The benchmark of speed runs, on shapes of nothing, and its page says what its record says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.speed import block, clock, memory, render, step
+from benchmarks.speed.process import ALLOCATOR, measured
+
+BLOCK: dict[str, Any] = {"hidden": 16, "width": 48, "tokens": 32, "dtype": "bfloat16", "activation": "gelu"}
+SHAPE = {"model": "SmolLM2-135M", "layers": 1, "vocabulary": 128}
+
+
+def test_one_block() -> None:
+    found = block.measure(**BLOCK, seconds=0.0)
+    names = {"eager HF", "torch.compile", "ours, lean", "ours, tiled", "ours, auto"}
+    assert found["error over eager"].keys() == found["saved units"].keys() == names
+    assert all(ratio <= 2.0 for ratio in found["error over eager"].values())
+    x = found["x units"]
+    assert found["saved units"]["eager HF"] == pytest.approx(4 + x, abs=0.01)
+    assert found["saved units"]["ours, lean"] == pytest.approx(2 + x, abs=0.01)
+    assert found["saved units"]["ours, tiled"] == pytest.approx(x, abs=0.01)
+    assert found["time over products"].keys() == {block.PRODUCTS, *names}
+    assert found["time over products"][block.PRODUCTS] == found["time over eager"]["eager HF"] == 1.0
+
+
+@pytest.mark.parametrize("model", ["SmolLM2-135M", "GPT-2 small"])
+def test_one_step(model: str) -> None:
+    found = step.measure(shape={**SHAPE, "model": model}, batch=(1, 24), seconds=0.0)
+    for part in ("error over eager", "time over eager", "saved over eager"):
+        assert list(found[part]) == list(step.SIDES)
+        assert found[part][step.EAGER] == 1.0
+    assert all(ratio <= 2.0 for ratio in found["error over eager"].values())
+
+
+def test_a_measurement_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the allocator's settings; what fails there is told here."""
+    peak = measured("peak", threads=1, of="step", side=step.EAGER, shape=SHAPE, batch=(1, 33))
+    assert peak > 0
+    assert ALLOCATOR["MALLOC_MMAP_MAX_"] == "0"
+    with pytest.raises(RuntimeError, match="no_such_side"):
+        measured("peak", threads=1, of="step", side="ours, no_such_side", shape=SHAPE, batch=(1, 33))
+
+
+def test_a_peak_is_what_was_held_at_once() -> None:
+    def run() -> None:
+        for _ in range(3):
+            torch.ones(8 * 2**20)  # 32 MiB each time
+
+    assert 30 * 2**20 <= memory.peak_bytes(run, device="cpu") <= 70 * 2**20
+
+
+def test_ratios_are_those_within_a_round() -> None:
+    assert clock.ratios({"a": [1.0, 10.0, 4.0], "b": [2.0, 10.0, 1.0]}, over="b") == {"a": 1.0, "b": 1.0}
+
+
+def test_the_page(tmp_path: Path) -> None:
+    sides = dict.fromkeys(step.SIDES, 0.5)
+    blocks = {"eager HF": 1.0, "ours, lean": 0.875}
+    record = {
+        **{"device": "CPU, 1 threads", "torch": "2", "transformers": "5"},
+        "blocks": [
+            {
+                **{**BLOCK, "device": "cpu", "threads": 2, "x units": 0.25},
+                **{"error over eager": blocks, "saved units": dict.fromkeys(blocks, 2.25), "time over eager": blocks},
+                "time over products": {**blocks, block.PRODUCTS: 1.0},
+            }
+        ],
+        "peak units": {**BLOCK, "sides": {"ours, tiled": 1.525}},
+        "steps": [
+            {
+                **{"device": "cpu", "threads": 1, "shape": SHAPE, "batch": [1, 24]},
+                **dict.fromkeys(("error over eager", "time over eager", "saved over eager", "peak over eager"), sides),
+            }
+        ],
+        "rest": {
+            "import_seconds": {"after the Auto classes": 0.012},
+            "conversion": {"parameters": 1_100_000_000, "over reading once": {"find_sites": 0.175}},
+        },
+    }
+    render.render(json.loads(json.dumps(record)), tmp_path)
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    for told in ("0.875", "2.00 + x", "1.525", "0.012 after the Auto classes", "1.10 billion", "0.175", "2 threads"):
+        assert told in page
+    for plot in render.PLOTS:
+        assert plot in page
+        assert 1_000 < (tmp_path / plot).stat().st_size < 30_000
