@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
 
 from hf_geglu.errors import PlanError
@@ -49,6 +50,20 @@ def narrow_width(width: Width, old: int, *, gated: bool) -> int:
         f"width={width!r} for a block of {old} neurons; expected 'same', 'matched', a share between 0 and 1 such as "
         f"0.75, or a number from 1 to {old}"
     )
+
+
+def parse_width(text: str) -> Width:
+    """A width as it is typed: "same", "matched", "0.75", "1024".
+
+    Raises:
+        PlanError: anything else.
+    """
+    if text in ("same", "matched"):
+        return "same" if text == "same" else "matched"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise PlanError(f"width {text!r}; expected same, matched, a share such as 0.75, or a number of neurons")
 
 
 def _round(exact: float) -> int:

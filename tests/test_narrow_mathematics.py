@@ -8,7 +8,7 @@ from hf_geglu.conversions import NewWeights
 from hf_geglu.conversions.narrow import Moments, kept, narrowed, removal_order, ridge
 from hf_geglu.conversions.whitened import FitSettings, WhitenedBlock, fit, hidden, output, whitening
 from hf_geglu.errors import ConversionError, PlanError
-from hf_geglu.width import narrow_width
+from hf_geglu.width import narrow_width, parse_width
 
 
 def draw(*shape, seed=0):
@@ -174,3 +174,9 @@ def test_widths(asked, gated, expected):
 def test_widths_that_are_none(asked):
     with pytest.raises(PlanError, match="expected 'same', 'matched'"):
         narrow_width(asked, 1536, gated=False)
+
+
+def test_widths_as_they_are_typed():
+    assert [parse_width(text) for text in ("same", "matched", "0.75", "1024")] == ["same", "matched", 0.75, 1024]
+    with pytest.raises(PlanError, match="a share such as"):
+        parse_width("two thirds")

@@ -10,7 +10,7 @@ from tiny_models import VOCAB, F, tiny
 import hf_geglu
 from hf_geglu.calibration import CalibrationData
 from hf_geglu.conversions.whitened import FitSettings
-from hf_geglu.errors import ConversionError, ManifestError, PlanError
+from hf_geglu.errors import ConversionError, DataError, ManifestError, PlanError
 from hf_geglu.hub.delta import save_delta
 from hf_geglu.hub.reproduce import reproduce_variant
 from hf_geglu.hub.verifying import verify_variant
@@ -250,6 +250,13 @@ def test_one_call_narrows_saves_papers_and_says_what_cannot_be_replayed(tmp_path
     assert "SHA-256" in replay.checks[1].detail
     with pytest.raises(ManifestError, match="save_folder"):
         save_delta(model, tmp_path / "delta", base=tmp_path / "base")
+
+
+def test_too_little_text_is_refused():
+    model = lively("bert")
+    with pytest.raises(DataError, match="168 tokens to solve for 24 neurons; expected at least 192"):
+        hf_geglu.convert(model, width=24, calibration=data_of(batches(3)))
+    assert model.config.intermediate_size == F
 
 
 def test_a_budget_does_not_go_with_fewer_neurons():

@@ -14,7 +14,7 @@ from torch import nn
 from hf_geglu.calibration import CalibrationData
 from hf_geglu.choice import CalibrationRecord
 from hf_geglu.distance import cast, outputs_of
-from hf_geglu.errors import PlanError
+from hf_geglu.errors import DataError, PlanError
 from hf_geglu.inputs import Inputs
 from hf_geglu.modes import evaluating
 from hf_geglu.narrow_record import NarrowPoint, NarrowRecord
@@ -27,6 +27,9 @@ from hf_geglu.narrowing.sums import hooked
 from hf_geglu.plan import Plan
 from hf_geglu.surgery import apply
 from hf_geglu.width import narrow_width
+
+TOKENS_A_NEURON = 8
+"""Fewer equations than that for each unknown of a down projection fit the text and not the model."""
 
 
 def carry_out(
@@ -61,6 +64,11 @@ def carry_out(
     batches, held_out = used.batches, held.batches
     entry = plan.converted[0]
     old, width = entry.site.width, entry.width
+    if used.tokens < TOKENS_A_NEURON * width:
+        raise DataError(
+            f"{used.tokens:,} tokens to solve for {width} neurons; expected at least {TOKENS_A_NEURON * width:,} "
+            "(a quarter of what is given is held out on top), better ten times as many: give more text"
+        )
     others = sorted({narrow_width(share, old, gated=False) for share in settings.curve} - {width, old})
     studied = study(model, plan, batches, smallest=min([width, *others]), settings=settings, progress=progress)
     fits, student = narrow(studied, plan, width=width, settings=settings, progress=progress)
