@@ -106,6 +106,7 @@ def convert(
             data = CalibrationData.of(calibration, tokenizer=tokenizer, tokens=None)
             settings = narrow if isinstance(narrow, NarrowSettings) else NarrowSettings(stage=narrow)
             plan, fits = carry_out(model, plan, data, settings=settings)
+            notes = () if plan.narrowing is None else tuple(plan.narrowing.lines())
         else:
             data = CalibrationData.of(calibration, tokenizer=tokenizer)
             made = calibrate(model, plan, data, found=found, max_kl=max_kl, progress=progress)

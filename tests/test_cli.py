@@ -107,6 +107,30 @@ def test_finetune_hands_its_flags_on(monkeypatch, capsys, tmp_path):
     assert "max_steps" in err
 
 
+def test_convert_to_fewer_neurons(tmp_path, monkeypatch, capsys):
+    from tiny_training import SENTENCES, VOCABULARY, causal_tokenizer
+
+    tiny("gpt2", vocab_size=VOCABULARY).save_pretrained(tmp_path / "base")
+    causal_tokenizer().save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES * 60), encoding="utf-8")
+    words = ("convert", tmp_path / "base", tmp_path / "out", "--width", "0.6")
+    code, _, err = _run(monkeypatch, capsys, *words)
+    assert code == 2
+    assert "--calibrate FILE" in err
+    code, out, err = _run(monkeypatch, capsys, *words, "--calibrate", text, "--calibration-tokens", 2000)
+    assert code == 0, err
+    assert "24 neurons, closed, dense control: KL" in out
+    plan = json.loads((tmp_path / "out" / "geglu" / "manifest.json").read_text())["provenance"]["plan"]
+    assert plan["narrowing"]["result"]["stage"] == "closed"
+    assert plan["config_changes"] == {"n_inner": 24}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.n_inner == 24
+    code, _, err = _run(monkeypatch, capsys, *words[:2], tmp_path / "other", "--heal")
+    assert code == 2
+    assert "--width beside" in err
+
+
 def test_convert_calibrated_on_a_text_file(tmp_path, monkeypatch, capsys):
     from tiny_training import SENTENCES, VOCABULARY, causal_tokenizer
 

@@ -40,6 +40,14 @@ Sites = Annotated[
         show_default=False,
     ),
 ]
+WidthText = Annotated[
+    str,
+    typer.Option(
+        "--width",
+        help="same; matched (the parameters of a dense block, at two thirds of its neurons); a share such as 0.75; or "
+        "a number of neurons. Fewer than there are is lossy, and takes --calibrate.",
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the modelling code of the repository.")]
 
 
@@ -49,6 +57,7 @@ def plan(
     variant: Variant = "geglu",
     layers: Layers = None,
     gelu: Gelu = "owner",
+    width: WidthText = "same",
     sites: Sites = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -60,13 +69,14 @@ def plan(
     from hf_geglu.plan import make_plan
     from hf_geglu.sites import find_sites, read_sites
     from hf_geglu.skeleton import architecture, skeleton
+    from hf_geglu.width import parse_width
 
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     kind = architecture(config)
     kwargs = {"trust_remote_code": True} if trust_remote_code and hasattr(kind, "from_config") else {}
     twin = skeleton(config, kind, **kwargs)
     found = find_sites(twin, sites=None if sites is None else read_sites(sites))
-    decided = make_plan(twin, variant, layers=layers, gelu=gelu, found=found)
+    decided = make_plan(twin, variant, parse_width(width), layers, gelu=gelu, found=found)
     print(decided.to_json() if json else decided)
 
 
@@ -96,7 +106,14 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of it, in tokens.")] = 8192,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How much of it, in tokens. Default: 8192; with --width 80,000, with --heal 500,000.",
+            show_default=False,
+        ),
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -105,6 +122,15 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    width: WidthText = "same",
+    stage: Annotated[
+        Literal["closed", "local", "heal"],
+        typer.Option(
+            help="How far to go with --width. closed: neurons are chosen and the down projections solved for. "
+            "local: every block is trained by itself, too. heal: so is the whole model, on the original's outputs."
+        ),
+    ] = "closed",
+    heal: Annotated[bool, typer.Option("--heal", help="The same as --stage heal.")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -112,6 +138,8 @@ def convert(
 
     The model need not fit into memory, unless it is calibrated. Interrupted, the same command goes on where it stopped.
     """
+    if width == "same" and (heal or stage != "closed"):
+        raise ConfigurationError("--heal and --stage repair what fewer neurons lose; expected --width beside them")
     if calibrate:
         from hf_geglu.cli.calibrating import convert_calibrated
 
@@ -129,8 +157,14 @@ def convert(
             variant=variant,
             layers=layers,
             gelu=gelu,
+            width=width,
+            narrow="heal" if heal else stage,
         )
         return
+    if width != "same":
+        raise ConfigurationError(
+            f"--width {width} without --calibrate: fewer neurons are fitted to text. Say --calibrate FILE"
+        )
     if max_kl is not None:
         raise ConfigurationError("--max-kl without --calibrate: expected text to measure on. Say --calibrate FILE")
     from hf_geglu.checkpoint import bytes_bar, convert_checkpoint

@@ -5,9 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_geglu.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hf_geglu.narrowing import Stage
+
+
+TOKENS, NARROW_TOKENS, HEAL_TOKENS = 8_192, 80_000, 500_000
+"""How much text is used: to fit numbers of single neurons, to solve for whole projections, to train a model."""
 
 
 def convert_calibrated(
@@ -15,7 +22,9 @@ def convert_calibrated(
     output_dir: Path,
     *,
     calibrate: Sequence[str],
-    tokens: int,
+    tokens: int | None,
+    width: str,
+    narrow: Stage,
     max_kl: float | None,
     dtype: str,
     max_shard_size: str,
@@ -30,7 +39,9 @@ def convert_calibrated(
         model: Hub id or folder.
         output_dir: a new or empty folder.
         calibrate: files, a folder of them, a dataset, or "builtin".
-        tokens: of the text to use; a quarter of them chooses between conversions.
+        tokens: of the text to use, `TOKENS` by default; a quarter of them chooses between conversions, or measures.
+        width: as in `convert`, in words.
+        narrow: as in `convert`.
         max_kl: see `hf_geglu.convert`.
         dtype: only "auto": what was calibrated is what is saved.
         max_shard_size: of a weights file.
@@ -50,6 +61,7 @@ def convert_calibrated(
     from hf_geglu.hub import check_output, load_processor, save_folder
     from hf_geglu.sites import read_sites
     from hf_geglu.surgery import forget_original
+    from hf_geglu.width import parse_width
 
     if dtype != "auto":
         raise ConfigurationError(
@@ -60,13 +72,17 @@ def convert_calibrated(
     loaded = open_model(model, revision=revision)
     tokenizer = load_processor(model, **({"revision": revision} if revision else {}))
     names = ", ".join(Path(name).name for name in calibrate)  # never a path of this machine
-    data = CalibrationData(batches=tuple(batches_of(calibrate, loaded, tokenizer, tokens=tokens)), name=names)
+    data = CalibrationData(
+        batches=tuple(batches_of(calibrate, loaded, tokenizer, tokens=tokens or _tokens(width, narrow))), name=names
+    )
     with batches_bar("calibrating") as progress:
         report = convert(
             loaded,
             calibration=data,
             max_kl=max_kl,
             progress=progress,
+            width=parse_width(width),
+            narrow=narrow,
             sites=None if sites is None else read_sites(sites),
             **settings,
         )
@@ -83,3 +99,9 @@ def convert_calibrated(
         revision=revision,
     )
     print(f"saved in {output_dir}")
+
+
+def _tokens(width: str, narrow: Stage) -> int:
+    if width == "same":
+        return TOKENS
+    return HEAL_TOKENS if narrow == "heal" else NARROW_TOKENS
