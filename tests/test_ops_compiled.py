@@ -82,7 +82,7 @@ def test_one_kernel_serves_every_number_of_tokens():
 def test_a_block_in_auto_mode_runs_by_compiled_kernels(monkeypatch):
     from hf_geglu.ops import choose
 
-    monkeypatch.setattr(choose, "ENOUGH_ELEMENTS", 0)
+    monkeypatch.setattr(choose, "ENOUGH_WHERE_TORCH_IS_QUICK", 0)
     asked = []
     run = compiled._run
     monkeypatch.setattr(compiled, "_run", lambda which, *rest: asked.append(which) or run(which, *rest))

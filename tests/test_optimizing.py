@@ -363,3 +363,48 @@ def test_auto_leaves_small_calls_to_the_module(counted):
     assert hf_geglu.optimize(model).count("block") == 2
     assert torch.equal(model(IDS).logits, before)
     assert counted["block"] == 0
+
+
+@pytest.fixture
+def group(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield distributed
+    distributed.destroy_process_group()
+
+
+def test_data_parallel_training(group, counted):
+    model = _model("llama").double()
+    before = _step(model, {"input_ids": IDS})
+    hf_geglu.optimize(model, ops="lean")
+    parallel = nn.parallel.DistributedDataParallel(model)
+    model.zero_grad()
+    parallel(input_ids=IDS).logits.square().mean().backward()
+    assert counted["block"] == 2
+    for name, gradient in before[1].items():
+        assert torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("each", ["block", "projection"])
+def test_sharded_training(group, counted, each):
+    """A block whose weights are gathered around it runs by kernels; one whose projections gather their own may not."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("needs torch.distributed.fsdp.fully_shard")
+    model = _model("llama").double()
+    before = _step(model, {"input_ids": IDS})
+    hf_geglu.optimize(model, ops="lean")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        for module in [layer.mlp] if each == "block" else [layer.mlp.up_proj, layer.mlp.down_proj]:
+            fsdp.fully_shard(module, mesh=mesh)
+    model.zero_grad()
+    model(input_ids=IDS).logits.square().mean().backward()
+    assert counted["block"] == (2 if each == "block" else 0)
+    for name, gradient in before[1].items():
+        found = model.get_parameter(name).grad
+        found = found.full_tensor() if hasattr(found, "full_tensor") else found
+        assert torch.allclose(found, gradient, atol=1e-12), name

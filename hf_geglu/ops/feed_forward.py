@@ -8,7 +8,7 @@ from hf_geglu.errors import KernelError
 from hf_geglu.ops import block, library, reference
 from hf_geglu.ops.block import Way, Weights
 from hf_geglu.ops.choose import Call, Choice, choose
-from hf_geglu.ops.form import MODES, Form, Mode, Projection
+from hf_geglu.ops.form import MODES, Form, Mode, Projection, as_rows
 from hf_geglu.ops.formulas import FORMULAS
 from hf_geglu.ops.pointwise import Backend
 
@@ -58,7 +58,7 @@ def ffn(
     else:
         with torch.autocast(x_D.device.type, enabled=False):
             answer_TD, _ = block.forward(x_TD, weights, how)
-    return answer_TD.view(*x_D.shape[:-1], answer_TD.shape[-1])
+    return as_rows(answer_TD, x_D.shape[:-1])
 
 
 def differentiated(x_D: torch.Tensor, weights: Weights) -> bool:

@@ -5,6 +5,7 @@ Legend of suffixes, here and in the whole room: T tokens, D hidden size, F inter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -36,6 +37,12 @@ class Form:
     """Weights (in, out), as in GPT-2's Conv1D; else (out, in), as in nn.Linear."""
     offset: float = 0.0
     """Added to the value before the product."""
+
+
+def as_rows(rows_TD: torch.Tensor, leading: Sequence[int]) -> torch.Tensor:
+    """(T, D) as (..., D), which for autograd is no view: as torch's linear layers do, and FSDP expects."""
+    answer: torch.Tensor = torch.ops.aten._unsafe_view.default(rows_TD, [*leading, rows_TD.shape[-1]])
+    return answer
 
 
 def split(packed_P: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,6 @@ from hf_geglu.ops import block
 from hf_geglu.ops.block import NAMES, Way, Weights
 from hf_geglu.ops.form import Form
 
-# Annotations of custom operators are read at run time: plain types of torch.library's schema.
-Maybe = torch.Tensor | None
-
 
 def _way(activation: str, layout: str, gate_half: str, transposed: bool, offset: float, tiled: bool) -> Way:
     form = Form(

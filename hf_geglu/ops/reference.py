@@ -37,6 +37,14 @@ def unit(gate_F: torch.Tensor, value_F: torch.Tensor, activation: str, offset: f
     return activated * (value_F + offset if offset else value_F)
 
 
+def unit_in_two_steps(
+    gate_F: torch.Tensor, value_F: torch.Tensor, activation: str, offset: float = 0.0
+) -> torch.Tensor:
+    """The same without a third tensor; not differentiable."""
+    with torch.no_grad():
+        return _NATIVE[activation](gate_F).mul_(value_F + offset if offset else value_F)
+
+
 def project(x_D: torch.Tensor, projection: Projection, *, transposed: bool) -> torch.Tensor:
     """x W + b, with the weight (out, in), or (in, out) where `transposed`."""
     weight, bias = projection
