@@ -44,6 +44,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed  ## measure what the README claims; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.find_sites
+	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.quality
 
 .zoo-extras/.installed: constraints-zoo.txt $(VENV)/.installed

@@ -28,7 +28,9 @@ def llama_block(hidden: int, width: int, activation: str) -> nn.Module:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     torch.manual_seed(0)
-    block: nn.Module = LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=width, hidden_act=activation))
+    block: nn.Module = LlamaMLP(
+        LlamaConfig(hidden_size=hidden, intermediate_size=width, hidden_act=activation, num_attention_heads=1)
+    )
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     return block.double()
