@@ -34,7 +34,7 @@ from hf_geglu.inspecting.picture import draw
 DOCS = Path(__file__).parent.parent / "docs"
 STEPS, RATE = 150, 3e-4
 TOKENS = 8192
-BASELINE, FEW, MANY = 2048, 2048, 8192
+FEW, MANY = 1024, 4096
 
 
 def train(work: Path) -> Path:
@@ -176,7 +176,7 @@ def page(
         "",
         "| | tokens | CPU seconds | peak memory |",
         "|---|---|---|---|",
-        f"| run the model once | {BASELINE:,} | {run_few['cpu_seconds']:.0f} | {run_few['peak_mib']:,} MiB |",
+        f"| run the model once | {FEW:,} | {run_few['cpu_seconds']:.0f} | {run_few['peak_mib']:,} MiB |",
         f"| inspect it | {FEW:,} | {look_few['cpu_seconds']:.0f} | {look_few['peak_mib']:,} MiB |",
         f"| inspect it | {MANY:,} | {look_many['cpu_seconds']:.0f} | {look_many['peak_mib']:,} MiB |",
         "",
@@ -232,7 +232,7 @@ def main() -> None:
         evals = json.loads((trained / "results.json").read_text(encoding="utf-8"))["trained"]["evals"]
         mini, collapse = minilm(trained)
     cost = {
-        "run": looked_at("run", BASELINE),
+        "run": looked_at("run", FEW),
         "inspect": looked_at("inspect", FEW),
         "inspect_more": looked_at("inspect", MANY),
     }

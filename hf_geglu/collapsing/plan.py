@@ -86,9 +86,10 @@ class CollapsePlan:
 
     def __str__(self) -> str:
         share = f" within {self.tolerance:g} of each neuron's value" if self.tolerance else ""
+        how = (", exactly" if self.exact else ", approximately") if self.sites else ""
         lines = [
             f"{self.model_class}: {len(self.sites)} of {len(self.sites) + len(self.kept)} converted blocks become "
-            f"dense again{share}, {'exactly' if self.exact else 'approximately'}",
+            f"dense again{share}{how}",
             f"  parameters  {self.total_parameters:,} -> {self.total_parameters - self.removed:,}",
         ]
         for entry in self.sites:

@@ -82,7 +82,8 @@ class SiteGates:
     pairs: tuple[tuple[int, int, float], ...] = ()
     """The closest of them: two neurons and their correlation."""
     value_share: float | None = None
-    """Share of the variance of the block's output that is lost when every value is replaced by its mean."""
+    """Variance of what the block's output loses when every value is replaced by its mean, over the variance of the
+    output. More than 1 where what is lost and what stays cancel each other."""
     gate_share: float | None = None
     """The same for the gates."""
     histogram: torch.Tensor | None = None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from hf_geglu.inspecting.report import GateReport, SiteGates
-
-Cell = Callable[[SiteGates], str]
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("|Wv|/|Wg|", "value_over_gate", ".3f"),
@@ -21,8 +20,8 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("closed", "closed", ".1%"),
     ("dead", "dead", "d"),
     ("duplicates", "duplicates", "d"),
-    ("lost with constant value", "value_share", ".1%"),
-    ("lost with constant gate", "gate_share", ".1%"),
+    ("lost, constant value", "value_share", ".1%"),
+    ("lost, constant gate", "gate_share", ".1%"),
 )
 """Title, field of `SiteGates`, format. A column that no block has is left out."""
 
@@ -32,8 +31,8 @@ _LEGEND = {
     "moved_gate": "moved: |W - before| / |before|",
     "closed": "closed: share of gates with |f(z)| < 1/256; dead: closed at every token",
     "duplicates": "duplicates: neurons whose output correlates by 0.95 or more (in size) with another one's",
-    "value_share": "lost with constant value (gate): share of the variance of the block's output that goes when every "
-    "value (gate) is replaced by its mean",
+    "value_share": "lost, constant value (gate): variance of what the block's output loses when every value (gate) is "
+    "replaced by its mean, over the variance of the output",
 }
 
 
@@ -43,18 +42,22 @@ def tables(report: GateReport) -> Iterator[Any]:
     columns = [entry for entry in _COLUMNS if any(_has(each, entry[1]) for pair in pairs for each in pair if each)]
     beside = ", before -> now" if report.before is not None else ""
     text = f"{report.tokens:,} tokens" if report.tokens else "weights alone"
-    table = Table(title=f"{report.model_class}, {len(report.sites)} FFN blocks, {text}{beside}", title_justify="left")
+    # what all blocks have in common is said once, above
+    facts = {"block": _pattern, "gate": _gate, "neurons": lambda site: f"{site.width:,}"}
+    shared = {name: {fact(site) for site in report.sites} for name, fact in facts.items()}
+    common = [f"{name} {next(iter(found))}" for name, found in shared.items() if len(found) == 1]
+    own = {name: fact for name, fact in facts.items() if len(shared[name]) > 1}
+    title = f"{report.model_class}, {len(report.sites)} FFN blocks, {text}{beside}"
+    table = Table(title="\n".join([title, *common]), title_justify="left")
     table.add_column("layer", justify="right")
-    table.add_column("block", overflow="fold")
-    table.add_column("gate")
-    table.add_column("neurons", justify="right")
-    for title, _, _ in columns:
-        table.add_column(title, justify="right")
+    for name in own:
+        table.add_column(name, overflow="fold")
+    for column, _, _ in columns:
+        table.add_column(column, justify="right")
     for old, site in pairs:
         cells = [_beside(old, site, name, form) for _, name, form in columns]
-        layout = "dense" if site.layout == "dense" else site.activation
-        shown = f"{site.activation}, dense" if layout == "dense" else layout
-        table.add_row("" if site.layer is None else str(site.layer), site.path, shown, f"{site.width:,}", *cells)
+        told = [fact(site) for fact in own.values()]
+        table.add_row("" if site.layer is None else str(site.layer), *told, *cells)
     yield table
     for name, line in _LEGEND.items():
         if any(entry[1] == name for entry in columns):
@@ -63,6 +66,14 @@ def tables(report: GateReport) -> Iterator[Any]:
         yield Text(f"not measured at {len(paths)} blocks ({paths[0]}...): {reason}", style="yellow")
     if report.note:
         yield Text(report.note, style="yellow")
+
+
+def _pattern(site: SiteGates) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", site.path)
+
+
+def _gate(site: SiteGates) -> str:
+    return f"{site.activation}, dense" if site.layout == "dense" else site.activation
 
 
 def _pairs(report: GateReport) -> list[tuple[SiteGates | None, SiteGates]]:
