@@ -80,7 +80,9 @@ def _inputs(figure: Any, panel: Any, sites: Sequence[SiteGates]) -> None:
     panel.set_xlim(*_SHOWN)
     panel.axvline(0.0, color=_INK, linewidth=0.8, linestyle=(0, (4, 4)))
     figure.colorbar(shown, ax=panel, label="density", pad=0.01)
-    _label(panel, "what goes into the gates", "z" if all(site.unit == 1 for site in sites) else "z / scale", "block")
+    _label(
+        panel, "what goes into the gates, now", "z" if all(site.unit == 1 for site in sites) else "z / scale", "block"
+    )
     panel.set_yticks(*_ticks(len(sites)))
 
 
@@ -92,7 +94,7 @@ def _closed(panel: Any, sites: Sequence[SiteGates], before: Sequence[SiteGates] 
         bands = [_quartiles(group[i]) for i in at]
         if all(bands):
             panel.fill_between(at, [b[0] for b in bands if b], [b[1] for b in bands if b], color=colour, alpha=0.15)
-    panel.set_ylim(0, 1)
+    panel.set_ylim(bottom=0)
     _label(panel, f"closed gates (|f(z)| < 1/{round(1 / CLOSED)}; band: middle half)", "block", "share of tokens")
     _legend(panel, before)
 
@@ -129,6 +131,7 @@ def _shares(panel: Any, sites: Sequence[SiteGates], before: Sequence[SiteGates] 
             panel.plot(at, values, color=colour, linestyle=style, marker="o", markersize=4, label=label)
     if not any(site.value_share is not None for site in sites):
         panel.text(0.5, 0.5, "dense: no value branch", ha="center", va="center", transform=panel.transAxes)
+    panel.set_yscale("symlog", linthresh=1e-3)  # a gate is worth all of it, a young value branch a hundredth
     panel.set_ylim(bottom=0)
     _label(panel, "what a constant branch would cost", "block", "share of the output's variance")
     panel.legend(frameon=False, fontsize=8)
