@@ -17,8 +17,8 @@ HEAD = """# What conversions cost in quality
 
 Rendered by `python -m benchmarks.quality page` from `benchmarks/results/quality_*.json`; `python -m benchmarks.quality`
 measures them. Intervals are 95 %, over blocks or sentences. *library* is the documentation of Python's standard library
-(texts that were not calibrated on); *prose* is an FAQ that Debian packages (`anarchism`), a domain that nothing is ever
-calibrated or trained on.
+(texts that were not calibrated on); *prose* is an FAQ that Debian packages (`anarchism`), a domain that is calibrated on
+only where a section says so.
 """
 
 
@@ -59,16 +59,19 @@ def _causal(record: Record) -> str:
         f"chosen: {', '.join(f'{count} {name}' for name, count in row['chosen'].items())}."
         for row in calibrated
     ]
+    source = f"Calibrated on {record['calibration_tokens']:,} tokens of {record['calibrated_on']}."
     spread = ""
     if len(calibrated) > 1:
         kls = [row["domains"]["prose"]["kl"]["mean"] for row in calibrated]
         spread = f"Over {len(kls)} calibration seeds, KL on prose: {min(kls):.5f} to {max(kls):.5f}.\n"
     text = (
         f"## SwiGLU -> GeGLU: {record['model']} at step 0\n\n"
-        f"Held out: {record['blocks']} blocks of {record['block']} tokens of each domain. Calibrated on "
-        f"{record['calibration_tokens']:,} tokens of {record['calibrated_on']}.\n\n"
+        f"Held out: {record['blocks']} blocks of {record['block']} tokens of each domain. "
+        + (source if calibrated else "")
+        + "\n\n"
     )
-    return text + table(head, rows) + "\n" + spread + "\n".join(notes) + "\n"
+    lines = "".join(f"{line}\n" for line in filter(None, [spread.strip(), *notes]))
+    return f"{text}{table(head, rows)}\n{lines}"
 
 
 def _encoder(record: Record) -> str:
