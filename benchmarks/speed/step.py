@@ -72,7 +72,9 @@ def _gradients(loss: Callable[[Tensor], Tensor], model: nn.Module, ids: Tensor) 
     model.zero_grad()
     value = loss(ids)
     value.backward()  # type: ignore[no-untyped-call]
-    return float(value.detach()), torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+    return float(value.detach()), torch.cat(
+        [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+    )
 
 
 def errors(shape: dict[str, Any], device: str) -> dict[str, float]:
