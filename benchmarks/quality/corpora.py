@@ -1,7 +1,7 @@
 """The text that quality is measured on: two domains, one of which the calibrations here never see.
 
 library     documentation of Python's standard library (hf_geglu.demo.text); calibration takes its training side
-prose       An Anarchist FAQ, 10 MB of prose, as Debian packages it (`anarchism`); calibrated on by the section on narrow blocks only
+prose       An Anarchist FAQ, 10 MB of prose, as Debian packages it (`anarchism`)
 """
 
 from __future__ import annotations

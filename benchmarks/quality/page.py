@@ -15,10 +15,10 @@ Record = Mapping[str, Any]
 
 HEAD = """# What conversions cost in quality
 
-Rendered by `python -m benchmarks.quality page` from `benchmarks/results/quality_*.json`; `python -m benchmarks.quality`
-measures them. Intervals are 95 %, over blocks or sentences. *library* is the documentation of Python's standard library
-(texts that were not calibrated on); *prose* is an FAQ that Debian packages (`anarchism`), a domain that is calibrated on
-only where a section says so.
+Rendered by `python -m benchmarks.quality page` from `benchmarks/results/quality_*.json`, which `python -m
+benchmarks.quality` measures. Intervals are 95 %, over blocks or sentences. *library* is the documentation of Python's
+standard library (texts that were not calibrated on); *prose* is an FAQ that Debian packages (`anarchism`), a domain
+that is calibrated on only where a section says so.
 """
 
 
