@@ -129,7 +129,7 @@ def _results(manifest: Manifest) -> Iterator[Any]:
     final = final_row(run)
     if final is None or run.data is None:
         return
-    task = {"clm": "text-generation", "mlm": "fill-mask"}.get(run.task)
+    task = {"clm": "text-generation", "sft": "text-generation", "mlm": "fill-mask"}.get(run.task)
     if task is None:
         return
     for metric, value in (("perplexity", final.perplexity), ("nll", final.nll)):
