@@ -154,7 +154,7 @@ def page(
         "![What the gates of MiniLM do, before and after](inspect-minilm.png)",
         "",
         "Before the training every value is 1, so replacing it by its mean loses nothing; afterwards "
-        f"{_span(mini, 'value_share')} of the variance of a block's output hangs on it. The value branches have "
+        f"{_span(mini, 'value_share', '.1%')} of the variance of a block's output hangs on it. The value branches have "
         f"moved to {_span(mini, 'learned', '.3f')} of their gates' norm in {STEPS} steps.",
         "",
         f"`collapse` on the model before: {untrained['collapsed']} of {len(mini.sites)} blocks become dense again, "
@@ -182,7 +182,9 @@ def page(
         f"| inspect it | {MANY:,} | {look_many['cpu_seconds']:.0f} | {look_many['peak_mib']:,} MiB |",
         "",
         "What is kept is some 1,600 bytes a neuron, however many tokens there are; the model runs twice, since shares "
-        "of variance need the means first.",
+        "of variance need the means first. Comparing every neuron with every other costs the same however long the "
+        "text is, and most of a short one. The machine was busy with other work: CPU seconds of one row varied by a "
+        "factor of 2.",
     ]
     return "\n".join(lines) + "\n"
 
