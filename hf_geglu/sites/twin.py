@@ -56,12 +56,13 @@ def stand_in(tensor: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
 
 
 def _buffer(buffer: torch.Tensor, name: str, noise: torch.Generator) -> torch.Tensor:
-    """A stand-in, but single numbers as they are: the bounds of a clamp must stay in order. On the meta device, where
-    they have no value, bounds are infinite."""
-    if buffer.numel() != 1 or not buffer.is_floating_point():
+    """A stand-in, but single numbers as they are: the bounds of a clamp must stay in order, and a padding is what it is.
+    On the meta device, where they have no value, bounds are infinite."""
+    floats = buffer.is_floating_point()
+    if buffer.numel() != 1 or buffer.is_complex() or (buffer.is_meta and not floats):
         return stand_in(buffer, noise)
     if not buffer.is_meta:
-        return buffer.detach().to("cpu", torch.float64)
+        return buffer.detach().to("cpu", torch.float64 if floats else None, copy=True)
     bound = -math.inf if name.endswith("min") else math.inf if name.endswith("max") else 1.0
     return torch.full(buffer.shape, bound, dtype=torch.float64, device="cpu")
 
