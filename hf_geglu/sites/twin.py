@@ -56,7 +56,7 @@ def stand_in(tensor: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
 
 
 def _buffer(buffer: torch.Tensor, name: str, noise: torch.Generator) -> torch.Tensor:
-    """A stand-in, but single numbers as they are: the bounds of a clamp must stay in order, and a padding is what it is.
+    """A stand-in, but single numbers as they are: the bounds of a clamp must stay in order, and a padding is itself.
     On the meta device, where they have no value, bounds are infinite."""
     floats = buffer.is_floating_point()
     if buffer.numel() != 1 or buffer.is_complex() or (buffer.is_meta and not floats):
