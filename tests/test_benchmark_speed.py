@@ -38,21 +38,19 @@ def test_one_step(model: str) -> None:
     assert all(ratio <= 2.0 for ratio in found["error over eager"].values())
 
 
-def test_a_measurement_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the allocator's settings; what fails there is told here."""
+def test_a_measurement_has_a_process_of_its_own() -> None:
+    """With the allocator's settings, and one side only."""
     peak = measured("peak", threads=1, of="step", side=step.EAGER, shape=SHAPE, batch=(1, 33))
     assert peak > 0
     assert ALLOCATOR["MALLOC_MMAP_MAX_"] == "0"
-    with pytest.raises(RuntimeError, match="no_such_side"):
-        measured("peak", threads=1, of="step", side="ours, no_such_side", shape=SHAPE, batch=(1, 33))
 
 
 def test_a_peak_is_what_was_held_at_once() -> None:
     def run() -> None:
         for _ in range(3):
-            torch.ones(8 * 2**20)  # 32 MiB each time
+            torch.ones(2**26)  # 256 MiB each time, more than the allocator keeps
 
-    assert 30 * 2**20 <= memory.peak_bytes(run, device="cpu") <= 70 * 2**20
+    assert 200 * 2**20 <= memory.peak_bytes(run, device="cpu") <= 400 * 2**20
 
 
 def test_ratios_are_those_within_a_round() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ def peak_bytes(run: Callable[[], object], *, device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return int(torch.cuda.max_memory_allocated() - before)
+    # What was freed before (weights in another type, say) would be filled again without a trace.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew
     before = _status("VmRSS")
     run()
