@@ -40,7 +40,8 @@ from hf_geglu.errors import (
 )
 from hf_geglu.training import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 from hf_geglu.training.log import to_json
-from hf_geglu.training.run import choose_block_size, finetune
+from hf_geglu.training.opening import choose_block_size
+from hf_geglu.training.run import finetune
 
 # datasets 4 leaves csv files to the garbage collector
 pytestmark = [
@@ -64,7 +65,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 MODEL = {"model_name_or_path", "convert", "control", "variant", "layers", "tokenizer_name"}
-OUTPUT = {"output_dir", "overwrite_output_dir", "resume", "save_total_limit"}
+OUTPUT = set(OutputSettings.__dataclass_fields__)
 TRAIN = set(TrainSettings.__dataclass_fields__)
 
 
@@ -374,3 +375,43 @@ def test_curves_go_on_after_a_resume(place: Path, monkeypatch: pytest.MonkeyPatc
     finetune(settings(eval_steps=1, save_steps=1, max_steps=2, lr_scheduler_type="constant"), "clm")
     finetune(settings(eval_steps=1, save_steps=1, max_steps=4, lr_scheduler_type="constant", resume="latest"), "clm")
     assert [step for step, _ in drawn[-1]["model"]] == [0, 1, 2, 3, 4]
+
+
+def test_trackers_of_accelerate_are_told_of_both_runs(place: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = finetune(settings(convert=True, control=True, eval_steps=2, report_to=["tensorboard"]), "clm")
+    for folder, run in ((place / "out", result.trained), (place / "out" / "control", result.control)):
+        assert run is not None
+        events = EventAccumulator(str(folder / "hf_geglu"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+        assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(run.losses, rel=1e-6)
+        assert [event.step for event in events.Scalars("eval/nll")] == [record.step for record in run.evals]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("dagshub", "expected one or several of all, "), ("comet_ml", "comet_ml is not installed")],
+)
+def test_a_tracker_that_is_not_there_is_missed(place: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        finetune(settings(report_to=[name]), "clm")
+    assert not (place / "out").exists()
+
+
+def test_a_plan_says_what_a_run_takes_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hf_geglu.training.command_line import main
+
+    before = snapshot(place)
+    words = "--model_name_or_path gpt2 --train_file text.txt --output_dir out --block_size 16 --max_steps 7 --convert"
+    assert main("clm", [*words.split(), "--use_cpu", "--per-device-train-batch-size", "2", "--plan"]) == 0
+    assert snapshot(place) == before
+    out = capsys.readouterr().out
+    assert "7 of 32 tokens: 224 tokens" in out
+    assert "GiB at the peak" in out
+    assert main("clm", [*words.split(), "--use_cpu", "--plan", "--max_memory", "much"]) == 2
+    assert "--max_memory much: expected a size such as 8GB" in capsys.readouterr().err
+    assert main("clm", [*words.split(), "--use_cpu", "--plan", "--max_memory", "1MB"]) == 0
+    assert "do not fit into 0.00" in capsys.readouterr().out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,17 @@ from hf_geglu.errors import ConfigurationError
 from hf_geglu.training.settings import TrainSettings
 
 
-def make_accelerator(settings: TrainSettings) -> Any:
+def make_accelerator(settings: TrainSettings, *, trackers: Sequence[str] = (), folder: Path | None = None) -> Any:
     """An `accelerate.Accelerator` for these settings, for the process that `accelerate launch` or plain python started.
 
+    Args:
+        settings: of the training.
+        trackers: that it reports to, by accelerate's names.
+        folder: where those that keep files put them.
+
     Raises:
-        ConfigurationError: accelerate is not installed, the precision does not go with the device, or the strategy is
-        not supported.
+        ConfigurationError: accelerate is not installed, the precision does not go with the device, the strategy is
+            not supported, or a tracker is not there.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -26,6 +32,7 @@ def make_accelerator(settings: TrainSettings) -> Any:
         raise ConfigurationError(
             "accelerate is not installed: expected it for training. Run: pip install 'hf_geglu[train]'"
         ) from error
+    check_trackers(trackers)
     # accelerate keeps one state a process and refuses another precision; a second run in the same process may want one.
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -33,6 +40,8 @@ def make_accelerator(settings: TrainSettings) -> Any:
         accelerator = Accelerator(
             mixed_precision=settings.precision(),
             cpu=settings.use_cpu,
+            log_with=list(trackers) or None,
+            project_dir=folder if trackers else None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.ddp_find_unused_parameters)],
         )
     except (ValueError, RuntimeError) as error:
@@ -54,6 +63,26 @@ def make_accelerator(settings: TrainSettings) -> Any:
             "Run `accelerate config` again without FSDP, DeepSpeed or Megatron."
         )
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Accelerate would leave out a tracker that is not installed, and say nothing.
+
+    Raises:
+        ConfigurationError: a name that it does not know, or whose package is missing.
+    """
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [str(kind) for kind in LoggerType]
+    available = ["all", *map(str, get_available_trackers())]
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(f"--report_to {name}: expected one or several of {', '.join(known)}. Correct it.")
+        if name not in available:
+            raise ConfigurationError(f"--report_to {name}: {name} is not installed. Install it, or leave it out.")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_geglu.errors import ConfigurationError, HfGegluError
 from hf_geglu.training.config_file import config_words
+from hf_geglu.training.forecast import forecast_run
 from hf_geglu.training.objectives import Task
 from hf_geglu.training.parser import Parser, fields_of, make_parser, names
 from hf_geglu.training.run import finetune
@@ -25,8 +26,7 @@ NOT_NEEDED = {
     "--evaluation_strategy": "say how often with --eval_steps",
     "--save_strategy": "say how often with --save_steps",
     "--logging_strategy": "say how often with --logging_steps",
-    "--report_to": "the log is train_log.jsonl",
-    "--with_tracking": "the log is train_log.jsonl",
+    "--with_tracking": "name trackers with --report_to",
     "--push_to_hub": "push the finished folder with `hf-geglu push`",
 }
 """Flags that belong to other scripts and whose absence needs a word."""
@@ -115,6 +115,11 @@ def main(
         words = sys.argv[1:] if argv is None else argv
         settings = parse(words, task, prog=prog, description=description)
         _be_quiet(first_process)
+        if settings.output.plan:
+            told = str(forecast_run(settings, task))
+            if first_process:
+                print(told)
+            return 0
         result = finetune(settings, task, command=[*(prog or Path(sys.argv[0]).name).split(), *words])
     except HfGegluError as error:
         if first_process:

@@ -15,12 +15,15 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_geglu.errors import ConfigurationError
+from hf_geglu.training.adapters import adapted
 from hf_geglu.training.batches import Blocks, MapBlocks
 from hf_geglu.training.evaluation import evaluate
 from hf_geglu.training.loop import train
 from hf_geglu.training.memory import peak_memory
-from hf_geglu.training.objectives import Objective
-from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.objectives import Objective, Task
+from hf_geglu.training.outset import ConvertFn, set_out
+from hf_geglu.training.settings import RunSettings, TrainSettings
 from hf_geglu.training.trainable import choose_trainable
 
 GIB = 2**30
@@ -70,6 +73,42 @@ class Forecast:
         return "\n".join([*lines, *(f"mind        {line}" for line in self.advice)])
 
 
+def forecast_run(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None = None) -> Forecast:
+    """`forecast` of what `finetune` would do with these settings. Writes nothing.
+
+    Raises:
+        HfGegluError: as `finetune` would.
+    """
+    outset, model = set_out(settings, task, convert_fn=convert_fn)
+    with adapted(model, settings.train):
+        return forecast(
+            model,
+            outset.corpus.train,
+            outset.corpus.validation,
+            settings.train,
+            objective=outset.objective,
+            total_steps=outset.total_steps,
+            folder=outset.folder.path,
+            keep=settings.output.save_total_limit,
+            max_memory=_bytes(settings.output.max_memory),
+            teacher=outset.teacher,
+        )
+
+
+def _bytes(text: str | None) -> int | None:
+    """`8GB` as accelerate and transformers read it (10**9), `8GiB` (2**30), or a number of bytes."""
+    if text is None:
+        return None
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        return int(text) if text.isdigit() else int(convert_file_size_to_int(text))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--max_memory {text}: expected a size such as 8GB or 8GiB. Give a number and its unit."
+        ) from error
+
+
 def forecast(
     model: nn.Module,
     train_blocks: Blocks,
@@ -113,7 +152,11 @@ def forecast(
     )
     # torch sees only its own products, and those of a whole block and of whole logits are what others compute in pieces
     counted = dataclasses.replace(
-        short, per_device_train_batch_size=1, gradient_accumulation_steps=1, chunked_cross_entropy="off"
+        short,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        chunked_cross_entropy="off",
+        ops="reference",
     )
     with FlopCounterMode(display=False) as counter:
         train(model, train_blocks, None, counted, objective=objective, teacher=teacher)

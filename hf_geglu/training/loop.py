@@ -32,7 +32,7 @@ from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, withou
 from hf_geglu.training.head import Head, NoHead, find_head
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective, token_count
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
-from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, seed_generators
+from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, seed_generators, with_kernels
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import TrainSettings
 from hf_geglu.training.trainable import choose_trainable, value_masks
@@ -97,6 +97,7 @@ def train(
         cleanup.enter_context(gradient_checkpointing(model, settings))
         cast_weights(model, settings)
         model.to(accelerator.device)
+        cleanup.enter_context(with_kernels(model, settings))
         loss_of = _loss(model, settings, teacher, accelerator)
         trained = choose_trainable(model, settings.trainable)
         cleanup.enter_context(trained.only(model))

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from hf_geglu.errors import ConfigurationError
+from hf_geglu.optimizing import optimize
+from hf_geglu.optimizing.running import STATE
 from hf_geglu.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -63,3 +65,19 @@ def gradient_checkpointing(model: nn.Module, settings: TrainSettings) -> Iterato
         yield
     finally:
         module.gradient_checkpointing_disable()
+
+
+@contextmanager
+def with_kernels(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
+    """The kernels of `hf_geglu.optimize` in every gated block, for the run; what is saved is as ever.
+
+    A model that was optimised before keeps its kernels.
+    """
+    if settings.ops == "reference" or any(STATE in vars(module) for module in model.modules()):
+        yield
+        return
+    logger.info("%s", optimize(model, ops=settings.ops))
+    try:
+        yield
+    finally:
+        optimize(model, ops="reference")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from hf_geglu.training.evaluation import EvalResult
 
@@ -52,6 +52,14 @@ class EvalRecord:
         return cls(
             step=step, nll=result.nll, perplexity=result.perplexity, tokens=result.tokens, metrics=dict(result.metrics)
         )
+
+
+def numbers(record: StepRecord | EvalRecord) -> dict[str, float]:
+    """What a tracker draws of a record: every number but the step, metrics among them."""
+    found = {key: value for key, value in asdict(record).items() if key not in ("step", "metrics")}
+    if isinstance(record, EvalRecord):
+        return found | dict(record.metrics)
+    return found | {"tokens_per_second": record.tokens_per_second}
 
 
 @dataclass(frozen=True)

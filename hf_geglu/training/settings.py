@@ -97,6 +97,7 @@ class TrainSettings:
         "compute the loss some tokens at a time, their logits never all at once; auto: where that is exact",
         off="off",
     )
+    ops: Literal["auto", "lean", "tiled", "reference"] = _flag("auto", "kernels of gated blocks", off="reference")
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward: less memory, more time")
     eval_steps: int = _flag(0, "evaluate every so many steps, besides step 0 and the end", unit="steps", off="0")
     save_steps: int = _flag(500, "write a checkpoint every so many steps and at the end", unit="steps", off="0")
@@ -248,6 +249,9 @@ class OutputSettings:
         metavar="CHECKPOINT",
     )
     save_total_limit: int = _flag(2, "keep so many checkpoints, newest first", unit="checkpoints", off="0")
+    report_to: list[str] | None = _flag(None, "trackers of accelerate: tensorboard, wandb, trackio, mlflow, all ...")
+    plan: bool = _flag(False, "say what the run would take, from two steps; write nothing")
+    max_memory: str | None = _flag(None, "with --plan: how the same steps fit into so much, such as 8GB")
 
     def __post_init__(self) -> None:
         _require(
@@ -255,6 +259,12 @@ class OutputSettings:
             "--overwrite_output_dir and --resume",
             "one of the two",
             "--resume goes on with a run, --overwrite_output_dir starts anew.",
+        )
+        _require(
+            self.plan or self.max_memory is None,
+            f"--max_memory {self.max_memory} without --plan",
+            "a plan that it belongs to",
+            "Add --plan.",
         )
         _require(self.save_total_limit >= 0, f"save_total_limit={self.save_total_limit}", "0 or more", "0 keeps all.")
 
