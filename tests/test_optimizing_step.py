@@ -107,3 +107,17 @@ def test_config_copies_and_pickles(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
     assert type(model).from_pretrained(tmp_path).model.layers[0].self_attn.config._attn_implementation == "sdpa"
+
+
+def test_attention_with_a_bias_of_positions_is_torchs():
+    """T5 under transformers 5 hands its bias over as a tensor."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, feed_forward_proj="gated-gelu")).eval()
+    inputs = {"input_ids": torch.arange(2, 12)[None], "decoder_input_ids": torch.arange(2, 9)[None]}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        hf_geglu.optimize(model, ops="lean")
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-5, atol=1e-6)

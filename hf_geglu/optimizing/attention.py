@@ -84,7 +84,7 @@ def attention_forward(
         and not dropout
         and not torch.compiler.is_compiling()
         and watched() is None
-        and not any(kwargs.get(name) for name in _OTHER_WISHES)
+        and all(kwargs.get(name) is None or kwargs[name] is False for name in _OTHER_WISHES)
         and better_than_torch(query, key, value)
     ):
         return causal_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
