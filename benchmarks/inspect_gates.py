@@ -183,8 +183,8 @@ def page(
         "",
         "What is kept is some 1,600 bytes a neuron, however many tokens there are; the model runs twice, since shares "
         "of variance need the means first. Comparing every neuron with every other costs the same however long the "
-        "text is, and most of a short one. The machine was busy with other work: CPU seconds of one row varied by a "
-        "factor of 2.",
+        "text is. The machine was busy with other work, by which CPU seconds vary several times over: compare the rows "
+        "for memory.",
     ]
     return "\n".join(lines) + "\n"
 
