@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_tasks import write_task
 from tiny_training import lines, saved_model, snapshot
 
 pytest.importorskip("accelerate")
@@ -79,7 +80,23 @@ def test_an_error_is_one_line_without_a_traceback(place: Path) -> None:
     assert snapshot(place) == before
 
 
-@pytest.mark.parametrize("name", ["finetune_clm.py", "finetune_mlm.py"])
+@pytest.mark.parametrize(
+    "task", ["sft", "seq2seq", "text_classification", "token_classification", "image_classification"]
+)
+def test_each_other_recipe_runs_and_its_settings_can_be_given_again(task: str, tmp_path: Path) -> None:
+    flags = write_task(tmp_path, task, rows=12)
+    flags += ["--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu", "--output_dir", "out"]
+    script = str(SCRIPTS / f"finetune_{task}.py")
+    done = run(tmp_path, script, *flags)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert len(losses(tmp_path / "out")) == 2
+    assert "training: " in done.stderr
+    again = run(tmp_path, script, "--config", "out/settings.json", "--output_dir", "again")
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "again") == losses(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("finetune_*.py")))
 def test_a_recipe_can_be_read_in_one_go_and_pasted_from(name: str) -> None:
     text = (SCRIPTS / name).read_text()
     assert len(text.splitlines()) < 60
