@@ -2,6 +2,7 @@
 
     python -m benchmarks.identify                       # benchmarks/results/identify.json and docs/identify.md
     python -m benchmarks.identify --types bert,llama    # some; printed
+    python -m benchmarks.identify --resume              # goes on where a run was stopped
     python -m benchmarks.identify --render              # docs/identify.md from the record
 
 Fails where an identity and the second opinion (names and sources) contradict each other and nobody has decided who is
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from benchmarks.identification.tallies import contradictions, headline, merged, 
 from benchmarks.records import RESULTS, write
 from benchmarks.sweep.pool import Limits, Server, deal
 
+ROWS = Path(__file__).parents[1] / ".cache" / "identify.jsonl"
+LOCK = threading.Lock()
 PAGE = Path(__file__).parents[1] / "docs" / "identify.md"
 MODULES = (
     "transformers",
@@ -40,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", help="model types, separated by commas [default: all]")
     parser.add_argument("--processes", type=int, default=2, help="types at a time [default: 2]")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run left")
     parser.add_argument("--render", action="store_true", help="only write docs/identify.md again")
     options = parser.parse_args()
     if options.render:
@@ -49,7 +54,12 @@ def main() -> None:
 
     types = options.types.split(",") if options.types else sorted(CONFIG_MAPPING_NAMES)
     start = time.perf_counter()
-    rows = _rows(types, options.processes)
+    ROWS.parent.mkdir(exist_ok=True)
+    if not options.resume:
+        ROWS.unlink(missing_ok=True)
+    kept = [row for row in _kept() if row["type"] in types]
+    done = {row["type"] for row in kept}
+    rows = sorted([*kept, *_asked([name for name in types if name not in done], options.processes)], key=_type)
     record = {
         "seconds": round(time.perf_counter() - start),
         "processes": options.processes,
@@ -80,7 +90,15 @@ def _page() -> None:
     PAGE.write_text(render(record, read_decisions()), encoding="utf-8")
 
 
-def _rows(types: list[str], processes: int) -> list[dict[str, Any]]:
+def _type(row: dict[str, Any]) -> str:
+    return str(row["type"])
+
+
+def _kept() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+
+
+def _asked(types: list[str], processes: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
         task = progress.add_task("identifying", total=len(types))
@@ -88,11 +106,13 @@ def _rows(types: list[str], processes: int) -> list[dict[str, Any]]:
         def work(name: str, servers: tuple[Server, ...]) -> None:
             row = {"type": name, "classes": [], "findings": [], **servers[0].ask({"type": name})}
             rows.append(row)
+            with LOCK, ROWS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
             progress.update(task, advance=1, description=name)
 
         side = ("benchmarks.identification.job:identify_type", MODULES)
         deal(types, [side], work, processes=processes, limits=Limits(seconds=60))
-    return sorted(rows, key=lambda row: str(row["type"]))
+    return rows
 
 
 if __name__ == "__main__":

@@ -188,3 +188,13 @@ def test_what_is_no_unit():
         identify(nn.Linear)
     with pytest.raises(IdentifyError, match="takes a module"):
         identify(3)
+
+
+@pytest.mark.parametrize("unit", [odd.ProjectionOnly, odd.Interleaved, odd.BothActivated, odd.SoftmaxGate])
+def test_wide_units(unit, monkeypatch):
+    """Of many columns, a sample is looked at."""
+    monkeypatch.setattr(odd, "F", 1500)
+    monkeypatch.setattr(odd.Unit, "width", 1500)
+    seen = identify(unit())
+    expected = {odd.ProjectionOnly: "packed, gate last", odd.Interleaved: "interleaved, gate last"}
+    assert (expected.get(unit) or odd.IMPOSTORS[unit]) in str(seen)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from hf_geglu.identifying.replay import INPUT, Askable, Key
 
-MANY = 768
-"""Columns above which they are not looked at one by one."""
+MANY = 256
+"""Columns above which a sample of them is looked at."""
+SAMPLED = 48
+"""Columns in each part of a sample: the first ones, those after the middle (the halves of a packed branch), the last."""
 
 Wire = tuple[Key, int]
 """A column of a branch."""
@@ -95,9 +97,7 @@ def wire(
     other = draw(unit, 11)
     for source in sources:
         _stay_in_place(unit, values, target, source, base, other, step)
-    columns = {source: values[source].shape[-1] for source in sources}
-    if sum(columns.values()) > MANY:
-        raise NotWiredError(f"its branches have {sum(columns.values())} columns: too many to be looked at one by one")
+    columns = {source: _looked_at(values[source].shape[-1]) for source in sources}
     # looked at from both signs, so that no half of a branch hides the other
     sides = (values, {**values, **{source: -values[source] for source in sources}})
     reached: dict[Wire, Tensor] = {}
@@ -105,7 +105,7 @@ def wire(
         before = read_target(unit, side, target, step)
         assert before is not None
         for source in sources:
-            for column in range(columns[source]):
+            for column in columns[source]:
                 changed = side[source].clone()
                 changed[:, column] = other[source][:, column]
                 after = read_target(unit, {**side, source: changed}, target, step)
@@ -125,9 +125,19 @@ def wire(
             if count > 2:
                 raise NotWiredError(f"neurons are mixed: {_name(source)}")
     counts = {len(wires) for wires in found.values()}
-    if len(counts) > 1:
+    if any(len(columns[source]) < values[source].shape[-1] for source in sources):
+        # of a sample, some outputs are seen with one of their wires only
+        found = {output: wires for output, wires in found.items() if len(wires) == max(counts)}
+    elif len(counts) > 1:
         raise NotWiredError(f"its outputs are made of {' or '.join(map(str, sorted(counts)))} numbers each")
     return Wiring(target, step, {out: tuple(wires) for out, wires in sorted(found.items())}, base.shape[-1], values)
+
+
+def _looked_at(width: int) -> list[int]:
+    if width <= MANY:
+        return list(range(width))
+    parts = (range(SAMPLED), range(width // 2, width // 2 + SAMPLED), range(width - SAMPLED, width))
+    return sorted({column for part in parts for column in part})
 
 
 def _stay_in_place(
