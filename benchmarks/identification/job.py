@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +17,9 @@ from benchmarks.identification.sources import misnamed_gate, opinion
 from benchmarks.sweep.forking import Job, Keep
 from benchmarks.zoo.building import NotBuiltError, _instance, build
 from hf_geglu.identifying import Identity, Unknown, identify
-from hf_geglu.identifying.audit import audit
+from hf_geglu.identifying.audit import Finding, audit
+from hf_geglu.identifying.sited import identities_of_sites
+from hf_geglu.sites.find import explore
 from hf_geglu.sites.projections import within
 
 FFN_NAME = re.compile(r"MLP|Mlp|FeedForward|FFN|Intermediate|GLU|GatedAct|DenseAct|PositionWise|Experts")
@@ -31,27 +37,49 @@ def identify_type(job: Job, keep: Keep) -> Job:
         return {**row, "skipped": f"not built: {error}"}
     start = time.process_time()
     seen: dict[str, dict[str, Any]] = {}
-    answers = identify(model) if any(True for _ in model.modules()) else ()
-    for answer in answers if isinstance(answers, tuple) else (answers,):
-        if isinstance(answer, Identity):  # blocks, whatever their class is called
-            block = model.get_submodule(answer.path) if answer.path else model
-            _keep(seen, block, answer, job["type"], named=False)
+    found, evidence = explore(model)
+    for answer in identities_of_sites(model, found, evidence):  # blocks, whatever their class is called
+        block = model.get_submodule(answer.path) if answer.path else model
+        _keep(seen, block, answer, job["type"], named=FFN_NAME.search(type(block).__name__) is not None)
+    row["elsewhere"] = []
     for module in _named(model):
+        if type(module).__module__ != type(model).__module__ and not job.get("all"):
+            row["elsewhere"].append(type(module).__name__)  # of another type, which is asked itself
+            continue
         name = type(module).__name__
         if any(row["class"] == name and row["known"] and row["named"] for row in seen.values()):
             continue
         for answer in _each(identify(module)):
             _keep(seen, module, answer, job["type"], named=True)
+    row["elsewhere"] = sorted(set(row["elsewhere"]) - {one["class"] for one in seen.values()})
     row["classes"] = list(seen.values())
     row["seconds"] = round(time.process_time() - start, 3)
     config, kind = getattr(model, "config", None), type(model)
     if config is not None and job.get("audit", True):
         try:
-            row["findings"] = [one.to_dict() for one in audit(config, lambda one: _instance(kind, one, "meta"))]
+            findings = audit(config, lambda one: _instance(kind, one, "meta"), seen=(model, found))
+            row["findings"] = [_with_heads(one, config, kind).to_dict() for one in findings]
         except Exception as error:  # a class that cannot be built from its own saved config
             row["not_audited"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    row["cpu"] = round(time.process_time(), 3)  # of this child, building included
     row["audited"] = round(time.process_time() - start - row["seconds"], 3)
     return row
+
+
+def _with_heads(finding: Finding, config: Any, kind: type) -> Finding:
+    """An entry that nothing in the model follows may be for a class with a head: then it is no lie."""
+    if finding.verdict != "ignored" or finding.setting:
+        return finding
+    module = importlib.import_module(kind.__module__)
+    for cls in vars(module).values():
+        if inspect.isclass(cls) and cls is not kind and getattr(cls, "config_class", None) is type(config):
+            try:
+                again = {one.entry: one for one in audit(config, functools.partial(_instance, cls, device="meta"))}
+            except Exception:  # some classes are abstract, others want more than a config
+                continue
+            if again[finding.entry].verdict in ("followed", "elsewhere"):
+                return replace(finding, verdict="elsewhere")
+    return finding
 
 
 def _named(model: nn.Module) -> Iterator[nn.Module]:

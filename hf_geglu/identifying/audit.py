@@ -17,12 +17,12 @@ from transformers.activations import ACT2FN
 
 from hf_geglu.identifying.identify import identify
 from hf_geglu.identifying.identity import Identity
-from hf_geglu.sites import Site, find_sites
+from hf_geglu.sites import FoundSites, Site, find_sites
 
 Verdict = Literal["followed", "ignored", "coerced", "contradicted", "elsewhere", "refused"]
 """followed: the blocks do what it says. ignored: nothing in the model changes with it, although there are blocks.
 coerced: blocks change, but to something else. contradicted: blocks follow, but do not do what it says now.
-elsewhere: it governs other modules. refused: the model cannot be built with another value."""
+elsewhere: it governs other modules. refused: the model cannot be built, or not be understood, with another value."""
 
 _GATED = "gated-"
 _TRIED = ("gelu", "silu", "relu")
@@ -67,7 +67,7 @@ class Finding:
             "coerced": f"COERCED: with {self.tried!r} the blocks compute {then}",
             "contradicted": f"CONTRADICTED: the blocks compute {now}",
             "elsewhere": "governs other modules than FFN blocks",
-            "refused": f"the model cannot be built with {self.tried!r}",
+            "refused": f"could not be looked at with {self.tried!r}",
         }[self.verdict]
         return f"{self.entry} = {self.stated!r}{where}: {what}"
 
@@ -117,30 +117,37 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     return type(config).from_dict(data)
 
 
-def audit(config: Any, build: Callable[[Any], nn.Module]) -> tuple[Finding, ...]:
+def audit(
+    config: Any, build: Callable[[Any], nn.Module], *, seen: tuple[nn.Module, FoundSites] | None = None
+) -> tuple[Finding, ...]:
     """Every entry that names an activation, and whether the blocks do as it says.
 
     Args:
         config: of the model; it is not changed.
         build: makes the model of a config; without weights is enough. What it raises for the config as it is, is
             raised.
+        seen: the model of the config as it is and its sites, where they are known already.
     """
-    found = _audited(config, build, "")
+    found = _audited(config, build, "", seen)
     for switch in switches(config):
         try:
             switched = _changed(config, {switch: True})
-            found += [one for one in _audited(switched, build, f"{switch}=True") if one.lies]
+            found += [one for one in _audited(switched, build, f"{switch}=True", None) if one.lies]
         except Exception:  # a class may refuse any combination; then there is nothing to be misled by
             continue
     return tuple(found)
 
 
-def _audited(config: Any, build: Callable[[Any], nn.Module], setting: str) -> list[Finding]:
+def _audited(
+    config: Any, build: Callable[[Any], nn.Module], setting: str, seen: tuple[nn.Module, FoundSites] | None
+) -> list[Finding]:
     stated = dict(entries(config))
     if not stated:
         return []
-    before = build(_changed(config, {}))
-    sites = {site.up: site for site in find_sites(before)}
+    if seen is None:
+        model = build(_changed(config, {}))
+        seen = model, find_sites(model)
+    before, sites = seen[0], {site.up: site for site in seen[1]}
     found = [_look(config, build, before, sites, entry, value, setting) for entry, value in stated.items()]
     governed = {_level(one.entry) for one in found if one.blocks}
     # another entry of the same config governs its blocks: then this one is for a head, a convolution, a pooler
@@ -174,9 +181,12 @@ def _look(
         now = {up: sites[up] for up in changed}
         then = {up: others[up] for up in changed if up in others}
         verdict: Verdict
+        if changed and not then:  # under this value nobody can tell what they are
+            finding = finding or Finding(entry, value, "refused", _activations(now), tried, (), 0, setting)
+            continue
         if not changed:
-            same = not sites or _functions(before) != _functions(after)
-            verdict = "elsewhere" if same else "ignored"
+            counts = sites and _functions(before) == _functions(after) and _is_built(after, config, entry, tried)
+            verdict = "ignored" if counts else "elsewhere"
             now, then = dict(sites), others
         elif _activations(now) != (canonical(value),) or _is_gated(value, now):
             verdict = "contradicted"
@@ -184,13 +194,13 @@ def _look(
             verdict = "coerced"
         else:
             verdict = "followed"
-        if verdict == "ignored" and finding is not None and finding.verdict == "followed":
-            verdict = "coerced"  # another value is followed
         if finding is not None and finding.verdict == "ignored" and verdict == "followed":
             return replace(finding, verdict="coerced", blocks=len(changed))
         seen = Finding(entry, value, verdict, _activations(now), tried, _activations(then), len(changed), setting)
         if verdict in ("coerced", "contradicted"):
             return replace(seen, blocks=max(len(changed), finding.blocks if finding else 0))
+        if verdict == "followed":
+            return seen
         finding = seen if finding is None or finding.verdict == "refused" else finding
     assert finding is not None
     return finding
@@ -198,6 +208,16 @@ def _look(
 
 def _level(entry: str) -> str:
     return entry.rpartition(".")[0]
+
+
+def _is_built(model: nn.Module, config: Any, entry: str, value: str) -> bool:
+    """Whether the model has modules of the nested config that the entry is in."""
+    *parents, key = entry.split(".")
+    nested = config
+    for parent in parents:
+        nested = getattr(nested, parent)
+    held = (getattr(module, "config", None) for module in model.modules())
+    return not parents or any(type(one) is type(nested) and getattr(one, key, None) == value for one in held)
 
 
 def _is_gated(value: str, sites: Mapping[str, Site]) -> bool:

@@ -18,7 +18,7 @@ from hf_geglu.identifying.replay import INPUT, Askable, Key
 MANY = 256
 """Columns above which a sample of them is looked at."""
 SAMPLED = 48
-"""Columns in each part of a sample: the first ones, those after the middle (the halves of a packed branch), the last."""
+"""Columns in each part of a sample: the first ones, those after the middle (where a packed half starts), the last."""
 
 Wire = tuple[Key, int]
 """A column of a branch."""
