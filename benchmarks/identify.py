@@ -44,6 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", help="model types, separated by commas [default: all]")
     parser.add_argument("--processes", type=int, default=2, help="types at a time [default: 2]")
+    parser.add_argument("--seconds", type=float, default=120.0, help="longest time for one type [default: 120]")
+    parser.add_argument("--audit", choices=("all", "plain"), default="all", help="plain: leave composite configs out")
     parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run left")
     parser.add_argument("--render", action="store_true", help="only write docs/identify.md again")
     options = parser.parse_args()
@@ -59,8 +61,8 @@ def main() -> None:
         ROWS.unlink(missing_ok=True)
     kept = [row for row in _kept() if row["type"] in types]
     done = {row["type"] for row in kept}
-    rows = [*kept, *_asked([name for name in types if name not in done], options.processes)]
-    rows = sorted(_with_the_rest(rows, options.processes), key=_type)
+    rows = [*kept, *_asked([name for name in types if name not in done], options)]
+    rows = sorted(_with_the_rest(rows, options), key=_type)
     record = {
         "seconds": round(time.perf_counter() - start),
         "processes": options.processes,
@@ -92,7 +94,7 @@ def _page() -> None:
     PAGE.write_text(render(record, read_decisions()), encoding="utf-8")
 
 
-def _with_the_rest(rows: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:
+def _with_the_rest(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Classes that only the models of other types use are looked at there."""
     seen = {one["class"] for row in rows for one in row["classes"]}
     again: set[str] = set()
@@ -103,7 +105,7 @@ def _with_the_rest(rows: list[dict[str, Any]], processes: int) -> list[dict[str,
             seen |= missing
     if not again:
         return rows
-    return [row for row in rows if row["type"] not in again] + _asked(sorted(again), processes, everything=True)
+    return [row for row in rows if row["type"] not in again] + _asked(sorted(again), options, everything=True)
 
 
 def _type(row: dict[str, Any]) -> str:
@@ -114,20 +116,25 @@ def _kept() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
 
 
-def _asked(types: list[str], processes: int, *, everything: bool = False) -> list[dict[str, Any]]:
+def _asked(types: list[str], options: argparse.Namespace, *, everything: bool = False) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
         task = progress.add_task("identifying", total=len(types))
 
         def work(name: str, servers: tuple[Server, ...]) -> None:
-            row = {"type": name, "classes": [], "findings": [], **servers[0].ask({"type": name, "all": everything})}
+            row = {
+                "type": name,
+                "classes": [],
+                "findings": [],
+                **servers[0].ask({"type": name, "all": everything, "audit": options.audit}),
+            }
             rows.append(row)
             with LOCK, ROWS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             progress.update(task, advance=1, description=name)
 
         side = ("benchmarks.identification.job:identify_type", MODULES)
-        deal(types, [side], work, processes=processes, limits=Limits(seconds=240))
+        deal(types, [side], work, processes=options.processes, limits=Limits(seconds=options.seconds))
     return rows
 
 

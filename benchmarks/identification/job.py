@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from benchmarks.identification.sources import misnamed_gate, opinion
 from benchmarks.sweep.forking import Job, Keep
@@ -55,7 +56,10 @@ def identify_type(job: Job, keep: Keep) -> Job:
     row["classes"] = list(seen.values())
     row["seconds"] = round(time.process_time() - start, 3)
     config, kind = getattr(model, "config", None), type(model)
-    if config is not None and job.get("audit", True):
+    composite = config is not None and any(isinstance(one, PretrainedConfig) for one in vars(config).values())
+    if composite and job.get("audit") == "plain":
+        row["not_audited"] = "not looked at in this run (--audit plain): its config holds others"
+    elif config is not None:
         try:
             findings = audit(config, lambda one: _instance(kind, one, "meta"), seen=(model, found))
             row["findings"] = [_with_heads(one, config, kind).to_dict() for one in findings]
