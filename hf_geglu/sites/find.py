@@ -192,8 +192,9 @@ class _Search:
         signature = (self._signatures.of(module), open_below, "given")
         probe = self._probes.get(signature)
         if probe is None:
-            # with arguments that fit, a block may run as it is
-            stub_sets = [*self._stub_sets(module, open_below), ()]
+            stub_sets = list(self._stub_sets(module, open_below))
+            if len(within(module)) <= 4 * MOST or not stub_sets:
+                stub_sets.append(())  # with arguments that fit, a block may run as it is; a whole stage is too much
             probe = observe(module, stub_sets=list(dict.fromkeys(stub_sets)), mold=self._mold, given=given)
             self._probes[signature] = probe
         return probe
