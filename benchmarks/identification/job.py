@@ -81,7 +81,8 @@ def _with_heads(finding: Finding, config: Any, kind: type) -> Finding:
                 again = {one.entry: one for one in audit(config, functools.partial(_instance, cls, device="meta"))}
             except Exception:  # some classes are abstract, others want more than a config
                 continue
-            if again[finding.entry].verdict in ("followed", "elsewhere"):
+            other = again[finding.entry]  # without blocks of its own, a class says nothing
+            if other.verdict == "followed" or (other.verdict == "elsewhere" and other.computed):
                 return replace(finding, verdict="elsewhere")
     return finding
 
