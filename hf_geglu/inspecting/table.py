@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.table import Table
@@ -43,7 +43,7 @@ def tables(report: GateReport) -> Iterator[Any]:
     beside = ", before -> now" if report.before is not None else ""
     text = f"{report.tokens:,} tokens" if report.tokens else "weights alone"
     # what all blocks have in common is said once, above
-    facts = {"block": _pattern, "gate": _gate, "neurons": lambda site: f"{site.width:,}"}
+    facts: dict[str, Callable[[SiteGates], str]] = {"block": _pattern, "gate": _gate, "neurons": _neurons}
     shared = {name: {fact(site) for site in report.sites} for name, fact in facts.items()}
     common = [f"{name} {next(iter(found))}" for name, found in shared.items() if len(found) == 1]
     own = {name: fact for name, fact in facts.items() if len(shared[name]) > 1}
@@ -70,6 +70,10 @@ def tables(report: GateReport) -> Iterator[Any]:
 
 def _pattern(site: SiteGates) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", site.path)
+
+
+def _neurons(site: SiteGates) -> str:
+    return f"{site.width:,}"
 
 
 def _gate(site: SiteGates) -> str:
