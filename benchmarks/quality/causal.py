@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_geglu
-from benchmarks.quality.corpora import library, prose
+from benchmarks.corpora import corpus
 from benchmarks.quality.measuring import distances, log_probabilities
 from benchmarks.records import write
 from hf_geglu.calibration import CalibrationData, calibrate
@@ -33,7 +33,7 @@ def run(*, blocks: int = 12, tokens: int = 8192, seeds: int = 3) -> None:
     folder = smollm2_folder(progress=print)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    domains = {"library": library("held_out"), "prose": prose()}
+    domains = {name: corpus(name).held_out for name in ("library", "prose", "manuals")}
     held = {name: _blocks(texts, tokenizer, blocks) for name, texts in domains.items()}
     reference = {
         # 16 bits keep three digits of a log-probability: not enough for a KL of 1e-4
@@ -60,7 +60,7 @@ def run(*, blocks: int = 12, tokens: int = 8192, seeds: int = 3) -> None:
     hf_geglu.convert(model, plan, verify="sites")
     measured("table: silu(z) ~ 1.702 gelu(z/1.702)", model)
     hf_geglu.revert(model)
-    train = list(library("train"))
+    train = list(corpus("library").train)
     for seed in range(seeds):
         random.Random(seed).shuffle(train)
         data = CalibrationData.of(train, tokenizer=tokenizer, tokens=tokens, name="Python's documentation")

@@ -14,7 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_geglu
-from benchmarks.quality.corpora import library, prose
+from benchmarks.corpora import corpus
 from benchmarks.quality.measuring import distances, log_probabilities
 from benchmarks.records import RESULTS, write
 from hf_geglu.calibration import CalibrationData, calibrate, measure
@@ -26,8 +26,11 @@ BLOCK, BATCH, WIDTH, LAYERS, RATE = 128, 16, 128, 3, 3e-3
 
 def run(*, activations: Sequence[str] = ACTIVATIONS, steps: int = 400, blocks: int = 24, seed: int = 0) -> None:
     """Train one model an activation, and convert it in each way. Rows of other activations in the record are kept."""
-    train = bytes_of(library("train"), steps * BATCH)
-    held = {"library": bytes_of(library("held_out"), blocks), "prose": bytes_of(prose(), blocks)}
+    train = bytes_of(corpus("library").train, steps * BATCH)
+    held = {
+        "library": bytes_of(corpus("library").held_out, blocks),
+        "prose": bytes_of(corpus("prose").held_out, blocks),
+    }
     record: dict[str, Any] = {
         "steps": steps,
         "block": BLOCK,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 import hf_geglu
-from benchmarks.quality.corpora import library, prose, sentences
+from benchmarks.corpora import corpus
 from benchmarks.quality.measuring import interval
 from benchmarks.records import write
 from hf_geglu.demo.naive import naive_swap
@@ -24,7 +25,10 @@ def run(*, count: int = 200) -> None:
     folder = minilm_folder(progress=print)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModel.from_pretrained(folder).eval()
-    texts = {"library": sentences(library("held_out"), count), "prose": sentences(prose(), count)}
+    texts = {
+        "library": sentences(corpus("library").held_out, count),
+        "prose": sentences(corpus("prose").held_out, count),
+    }
     before = {name: embeddings(model, tokenizer, each) for name, each in texts.items()}
     plan = make_plan(model)
     torch.manual_seed(0)
@@ -42,6 +46,13 @@ def run(*, count: int = 200) -> None:
         record["rows"].append({"start": start, "domains": figures})
         print(start, {name: round(each["cosine"]["mean"], 6) for name, each in figures.items()}, flush=True)
     write("quality_encoder", record)
+
+
+def sentences(texts: tuple[str, ...], count: int) -> list[str]:
+    """Single paragraphs of 60 to 400 characters, drawn from many documents."""
+    found = [part.strip() for text in texts for part in text.split("\n\n") if 60 <= len(part.strip()) <= 400]
+    random.Random(0).shuffle(found)
+    return found[:count]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_geglu
-from benchmarks.quality.corpora import library, prose
+from benchmarks.corpora import corpus
 from benchmarks.quality.dense import BATCH, BLOCK, bytes_of
 from benchmarks.records import write
 from hf_geglu.calibration import CalibrationData, calibrate
@@ -43,11 +43,11 @@ class Annealed(nn.Module):
 def run(*, steps: int = 200, seeds: int = 3, every: int = 50) -> None:
     """Write held-out losses of every start and seed."""
     base = _pretrained()
-    held = bytes_of(prose()[:40], 48)
-    texts = prose()[40:]
+    held = bytes_of(corpus("prose").held_out[:40], 48)
+    texts = corpus("prose").held_out[40:]
     plan = make_plan(base)
     data = CalibrationData(
-        batches=tuple({"input_ids": part} for part in bytes_of(library("train"), 64).split(4)),
+        batches=tuple({"input_ids": part} for part in bytes_of(corpus("library").train, 64).split(4)),
         name="Python's documentation",
     )
     made = calibrate(base, plan, data)
@@ -75,7 +75,7 @@ def _pretrained() -> Any:
         max_position_embeddings=BLOCK,
     )
     model = LlamaForCausalLM(config)
-    _train(model, bytes_of(library("train"), PRETRAINED * BATCH), RATE)
+    _train(model, bytes_of(corpus("library").train, PRETRAINED * BATCH), RATE)
     return model.eval()
 
 
