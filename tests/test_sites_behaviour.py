@@ -246,6 +246,16 @@ class TwoInputs(Three):
         return self.pear(fn.gelu(self.apple(x)) * self.plum(x.flip(-1)))
 
 
+class TwoArguments(Three):
+    def forward(self, x, y):
+        return self.pear(fn.gelu(self.apple(x)) * self.plum(y))
+
+
+class OneProjectionTwice(Two):
+    def forward(self, x):
+        return self.pear(fn.gelu(self.apple(x)) * self.apple(x))
+
+
 class NormedBefore(Two):
     def __init__(self) -> None:
         super().__init__()
@@ -351,6 +361,8 @@ class Raises(Two):
         (BothActivated, "best fit is separate"),
         (Added, "best fit is"),
         (TwoInputs, "read different inputs"),
+        (TwoArguments, "read different inputs"),
+        (OneProjectionTwice, "run twice, once for the gate and once for the value"),
         (NormedBefore, "neurons are mixed"),
         (Escaping, "best fit is"),
         (Unknown, "best fit is"),

@@ -58,7 +58,7 @@ def fill(module: nn.Module, x: torch.Tensor, filling: Filling) -> dict[str, Any]
     }
     if filling == "lengths":
         filled.update((parameter.name, SIDE) for parameter in parameters[1:] if _optional_length(parameter))
-        filled.update((p.name, x.detach().clone()) for p in parameters[1:] if p.name == "encoder_hidden_states")
+        filled.update((p.name, _another(x)) for p in parameters[1:] if p.name == "encoder_hidden_states")
     return filled
 
 
@@ -118,12 +118,17 @@ def _value(name: str, x: torch.Tensor, filling: Filling) -> Any:
     if _GRID.search(name):
         return (SIDE, SIDE)
     if _STATE.search(name):
-        return x.detach().clone()
+        return _another(x)
     if _ONE.search(name):
         return 1
     if filling != "everything" and (_ABSENT.search(name) or filling != "tensors"):
         return None
-    return x.detach().clone()
+    return _another(x)
+
+
+def _another(x: torch.Tensor) -> torch.Tensor:
+    """A state like x that is not x: two projections that read one each do not read the same."""
+    return x.detach().flip(-1)
 
 
 def _tokens(x: torch.Tensor) -> int:

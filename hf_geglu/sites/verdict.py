@@ -227,6 +227,8 @@ def _unfit(one: Observation, by_hand: bool) -> str | None:
     up, down, seen = one.up, one.down, one.fit
     if any(call.port.form == "convolution" for call in (one.gate, up, down)):
         return f"a convolution wider than 1 is one of its projections ({up.path}, {down.path})"
+    if seen.layout == "separate" and one.gate.path == up.path:
+        return f"{up.path} is run twice, once for the gate and once for the value: a unit of one projection"
     if one.gate.x.shape != up.x.shape or not torch.equal(one.gate.x, up.x):
         return f"gate {one.gate.path} and value {up.path} read different inputs"
     if up.port.d_in != down.port.d_out and not by_hand:
