@@ -12,8 +12,6 @@ import logging
 import threading
 from typing import Any
 
-from transformers.models.auto import configuration_auto
-
 from hf_geglu import modeling_geglu
 from hf_geglu.modeling_geglu import MODEL_TYPE_PREFIX, variant_config_class, variant_model_class
 
@@ -32,21 +30,28 @@ class _VariantConfigs(dict[str, Any]):
         if base_type is None:
             raise KeyError(model_type)
         with _LOCK:
-            return registered_config_class(configuration_auto.CONFIG_MAPPING[base_type])
+            return registered_config_class(_configurations().CONFIG_MAPPING[base_type])
+
+
+def _configurations() -> Any:
+    # late: the import of that module asks for `register`, which could not be there yet
+    from transformers.models.auto import configuration_auto
+
+    return configuration_auto
 
 
 def _base_type(model_type: object) -> str | None:
     if not isinstance(model_type, str) or not model_type.startswith(MODEL_TYPE_PREFIX):
         return None
     base_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
-    return base_type if base_type in configuration_auto.CONFIG_MAPPING_NAMES else None
+    return base_type if base_type in _configurations().CONFIG_MAPPING_NAMES else None
 
 
 def register(configurations: Any = None) -> None:
     """Teach ``AutoConfig`` the variants' model types. Idempotent and thread-safe. The argument is transformers' module
     `configuration_auto`, where its import is what asks for this."""
     with _LOCK:
-        mapping = configuration_auto.CONFIG_MAPPING
+        mapping = (configurations or _configurations()).CONFIG_MAPPING
         known = getattr(mapping, "_extra_content", None)
         if isinstance(known, _VariantConfigs):
             return
@@ -63,8 +68,8 @@ def registered_config_class(base: Any) -> Any:
     """The config class of variants of `base`, known to the Auto classes from now on."""
     with _LOCK:
         config_class = variant_config_class(base)
-        if base.model_type in configuration_auto.CONFIG_MAPPING_NAMES:
-            configuration_auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        if base.model_type in _configurations().CONFIG_MAPPING_NAMES:
+            _configurations().AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
             _register_models(config_class)
         return config_class
 

@@ -25,6 +25,14 @@ jobs = json.loads(sys.argv[1])
 if any(job["how"] == "plugin" for job in jobs):
     import hf_geglu
 results = []
+
+
+def inside(value, name):
+    for part in name.split(" "):  # outputs of parts: "text_model_output last_hidden_state", "logits 0"
+        value = value[part if hasattr(value, "keys") else int(part)]
+    return value
+
+
 for job in jobs:
     tensors = load_file(job["expected"])
     kwargs = {"dtype": "auto"} | ({"trust_remote_code": True} if job["how"] == "remote" else {})
@@ -35,7 +43,7 @@ for job in jobs:
     results.append({
         "class": type(model).__name__,
         "difference": max(
-            (outputs[name[4:]] - tensor).abs().max().item()
+            (inside(outputs, name[4:]) - tensor).abs().max().item()
             for name, tensor in tensors.items() if name.startswith("out.")
         ),
         "missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),

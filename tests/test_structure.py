@@ -106,3 +106,28 @@ def test_floors_agree():
     root = PACKAGE.parent
     assert '"transformers>=4.57"' in (root / "pyproject.toml").read_text(encoding="utf-8")
     assert "transformers==4.57" in (root / "constraints-floor.txt").read_text(encoding="utf-8")
+
+
+def test_every_public_name_may_be_the_first_that_is_used():
+    """Registration waits for transformers' own imports, whichever of our modules asks for them first."""
+    code = """
+import os, sys, torch, hf_geglu
+assert not [name for name in sys.modules if name.startswith("transformers.models")]
+for name in {home: name for name, home in hf_geglu._HOMES.items()}.values():  # one of each module
+    child = os.fork()
+    if not child:
+        try:
+            getattr(hf_geglu, name)
+            from transformers import AutoConfig
+            from transformers.activations import ACT2FN
+            assert AutoConfig.for_model("geglu_bert").model_type == "geglu_bert"
+            assert "geglu" in ACT2FN
+        except BaseException as error:
+            print(name, type(error).__name__, error, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name} cannot be the first")
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-600:]
