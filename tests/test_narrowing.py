@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import VOCAB, F, tiny
+from versions import BEFORE_5
 
 import hf_geglu
 from hf_geglu.calibration import CalibrationData
@@ -208,6 +209,7 @@ def test_replay_shows_what_whole_forwards_show(kind):
     assert all(torch.allclose(a, b, atol=1e-6) for down in downs for a, b in zip(one[down], two[down], strict=True))
 
 
+@pytest.mark.skipif(BEFORE_5, reason="in transformers 4 every expert is a module of its own, and can be narrowed")
 def test_experts_keep_their_width():
     with pytest.raises(PlanError, match=r"stacked experts.*width='same'"):
         make_plan(tiny("mixtral"), width=24)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny
 from torch import nn
+from versions import BEFORE_5
 
 import hf_geglu
 from hf_geglu.errors import KernelError
@@ -91,7 +92,8 @@ def test_a_model_computes_what_it_did(model_type, counted):
     inputs = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     classes, state = [type(module) for module in model.modules()], list(model.state_dict())
     before = _step(model, inputs)
-    runs = "block" if model_type in BLOCKS else "unit"
+    split = BEFORE_5 and model_type == "vit"  # over two modules there
+    runs = "block" if model_type in BLOCKS and not split else "unit"
     for mode in ("lean", "tiled"):
         report = hf_geglu.optimize(model, ops=mode)
         assert report.count(runs) == len(report.sites) == len(hf_geglu.find_sites(model)) > 0, str(report)
@@ -322,8 +324,9 @@ def test_data_parallel_replicas_use_their_own_weights():
 
 
 def test_reasons_are_given():
-    report = hf_geglu.optimize(tiny("mixtral"))
-    assert "experts in one parameter" in report.sites[0].reason
+    if not BEFORE_5:  # there every expert is a module of its own
+        report = hf_geglu.optimize(tiny("mixtral"))
+        assert "experts in one parameter" in report.sites[0].reason
     report = hf_geglu.optimize(tiny("bert"))
     assert {site.runs for site in report.sites} == {"module"}
     assert "hf_geglu.convert makes it a gated one" in str(report)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny
 from torch import nn
+from versions import BEFORE_5
 
 import hf_geglu
 from hf_geglu.ops import attention
@@ -52,14 +53,15 @@ def test_a_step_is_no_less_accurate(build: Any, monkeypatch: pytest.MonkeyPatch)
     assert report.attentions == 2
     assert f"{report.norms} norms and 2 attention modules" in str(report)
     found = loss_and_gradients(narrow)
-    assert len(called) == 2
+    calls = 0 if BEFORE_5 else 2  # transformers 4 hands a causal mask over, which is torch's to heed
+    assert len(called) == calls
     errors, allowed = ([float((a - b).norm()) for a, b in zip(own, truth, strict=True)] for own in (found, plain))
     assert errors[1] <= 2 * allowed[1]
     assert errors[0] <= 2 * allowed[0] + 2.0**-9 * float(truth[0])
     hf_geglu.optimize(narrow, ops="reference")
     for again, before in zip(loss_and_gradients(narrow), plain, strict=True):
         assert torch.equal(again, before)
-    assert len(called) == 2
+    assert len(called) == calls
 
 
 def test_norms_are_told_by_what_they_compute() -> None:

@@ -7,6 +7,7 @@ and whoever shares it are untouched; `set_attn_implementation` goes on working.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def remove_attention(model: nn.Module) -> None:
 
 
 def _asks_its_config(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)  # transformers 4 wraps it
     return (
         not isinstance(module, PreTrainedModel)
         and getattr(vars(module).get("config"), "_attn_implementation", None) == "sdpa"
