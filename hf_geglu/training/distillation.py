@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.modes import evaluating
+from hf_geglu.training.evaluation import logits_of
 from hf_geglu.training.objectives import IGNORED, Batch
 
 
@@ -45,11 +46,10 @@ class Distillation:
         Raises:
             ConfigurationError: the two have different vocabularies.
         """
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         kept = batch["labels"] != IGNORED
         with torch.no_grad(), evaluating(self.teacher), autocast:
-            taught_NV = _logits(self.teacher, inputs)[kept].float()
-        said_NV = _logits(student, inputs)[kept].float()
+            taught_NV = logits_of(self.teacher, batch)[kept].float()
+        said_NV = logits_of(student, batch)[kept].float()
         if taught_NV.shape != said_NV.shape:
             raise ConfigurationError(
                 f"the teacher knows {taught_NV.shape[-1]} tokens, the student {said_NV.shape[-1]}: expected the same "
@@ -64,9 +64,3 @@ class Distillation:
             log_target=True,
         )
         return (1 - self.weight) * own + self.weight * t * t * apart
-
-
-def _logits(model: nn.Module, inputs: Batch) -> Tensor:
-    output: Any = model(**inputs)
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_geglu.errors import DataError
 from hf_geglu.modes import evaluating
 from hf_geglu.training.batches import MapBlocks, eval_batches
-from hf_geglu.training.head import Head, NoHead, find_head, untouched
+from hf_geglu.training.head import Head, NoHead, find_head, logits_in, untouched
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 
 EVAL_SEED = 20200212
@@ -54,13 +54,12 @@ def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead) -> Tensor:
     if isinstance(head, Head) and untouched(head.linear):
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return head.summed_loss(lambda: model(**inputs), batch["labels"], ignore_index=IGNORED).float()
-    return _nll_of(_logits(model, batch), batch)
+    return _nll_of(logits_of(model, batch), batch)
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    output: Any = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """What a model says to a batch, whose labels it does not get."""
+    return logits_in(model(**{name: tensor for name, tensor in batch.items() if name != "labels"}))
 
 
 def _nll_of(logits: Tensor, batch: Batch) -> Tensor:
@@ -134,7 +133,7 @@ def evaluate(
             if metric is None:
                 sums.append(summed_nll(model, placed, head))
                 continue
-            logits = _logits(model, placed)
+            logits = logits_of(model, placed)
             sums.append(_nll_of(logits, placed))
             new = metric.counts(logits, placed["labels"])
             counts = counts + new if len(counts) else new

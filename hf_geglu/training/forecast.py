@@ -19,6 +19,7 @@ from hf_geglu.errors import ConfigurationError
 from hf_geglu.training.adapters import adapted
 from hf_geglu.training.batches import Blocks, MapBlocks
 from hf_geglu.training.evaluation import evaluate
+from hf_geglu.training.log import clock
 from hf_geglu.training.loop import train
 from hf_geglu.training.memory import peak_memory
 from hf_geglu.training.objectives import Objective, Task
@@ -65,8 +66,8 @@ class Forecast:
             f"steps       {self.total_steps:,} of {self.tokens_per_step:,.0f} tokens: {tokens:,.0f} tokens",
             f"parameters  {self.trained:,} of {self.parameters:,} are trained",
             f"FLOPs       {self.flops_per_step:.3g} a step, {flops:.3g} in all",
-            f"time        {self.seconds_per_step:.2f} s a step, {_clock(train_seconds)} of training and "
-            f"{_clock(self.evaluation_seconds)} of evaluation",
+            f"time        {self.seconds_per_step:.2f} s a step, {clock(train_seconds)} of training and "
+            f"{clock(self.evaluation_seconds)} of evaluation",
             f"memory      {self.peak_bytes / GIB:.2f} GiB at the peak",
             f"disk        {self.disk_bytes / GIB:.2f} GiB",
         ]
@@ -246,8 +247,3 @@ def _about_memory(
                 f"same in about {needed / GIB:.2f} GiB"
             )
     return said + "even single blocks do not; try --gradient_checkpointing, --mixed_precision bf16 or --train value"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -142,7 +142,8 @@ def _instead(linear: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator
         del vars(linear)["forward"]
 
 
-def _logits(output: Any) -> Tensor:
+def logits_in(output: Any) -> Tensor:
+    """The logits in what a model returned."""
     found: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return found
 
@@ -161,7 +162,7 @@ def _read_off(model: nn.Module, linear: nn.Linear, ids: Tensor) -> Head | NoHead
         return z.reshape(*hidden.shape[:-1], rows)
 
     with _instead(linear, known):
-        logits = _logits(model(input_ids=ids)).float()
+        logits = logits_in(model(input_ids=ids)).float()
     if len(seen) != 1 or logits.shape != z.shape:
         return NoHead(
             f"the output projection was called {len(seen)} times, and the logits are {tuple(logits.shape)}: expected "
@@ -177,7 +178,7 @@ def _read_off(model: nn.Module, linear: nn.Linear, ids: Tensor) -> Head | NoHead
 
 
 def _tried(model: nn.Module, head: Head, ids: Tensor) -> Head | NoHead:
-    logits = _logits(model(input_ids=ids)).float()
+    logits = logits_in(model(input_ids=ids)).float()
     expected = nn.functional.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="sum")
     found = head.summed_loss(lambda: model(input_ids=ids), ids, ignore_index=-100)
     bound = AGREEMENT if head.linear.weight.dtype in (torch.float32, torch.float64) else 1e-2

@@ -141,7 +141,7 @@ class Narrator:
             left = self._seconds / (record.step - self._done) * (self._total - record.step)
             self.say(
                 f"{self._name}  step {record.step}/{self._total}  loss {record.loss:.4f}  lr "
-                f"{record.learning_rate:.2e}  grad norm {record.grad_norm:.2f}  {speed} tokens/s  {_clock(left)} left"
+                f"{record.learning_rate:.2e}  grad norm {record.grad_norm:.2f}  {speed} tokens/s  {clock(left)} left"
             )
 
     def evaluation(self, record: EvalRecord) -> None:
@@ -153,6 +153,7 @@ class Narrator:
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -6,7 +6,7 @@ rows stay zero, and so does their update; such parameters are spared from weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -87,13 +87,20 @@ def choose_trainable(model: nn.Module, part: Part) -> Trainable:
         )
     if part == "ffn":
         return Trainable(part, frozenset(name for site in sites for name in parameters_of(model, site, down=True)))
-    return Trainable(part, frozenset(name for site in sites for name in _value_names(model, site)), value_masks(model))
+    return Trainable(
+        part, frozenset(name for site in sites for name in _value_names(model, site)), value_masks(model, sites)
+    )
 
 
-def value_masks(model: nn.Module) -> dict[str, Tensor]:
-    """For every packed parameter of a gated block: 1 where its value branch lies. Broadcasts to the parameter."""
+def value_masks(model: nn.Module, sites: Iterable[Site] | None = None) -> dict[str, Tensor]:
+    """For every packed parameter of a gated block: 1 where its value branch lies. Broadcasts to the parameter.
+
+    Args:
+        model: with its weights.
+        sites: its sites, where they are at hand.
+    """
     masks = {}
-    for site in find_sites(model):
+    for site in find_sites(model) if sites is None else sites:
         if not site.gated or site.layout == "separate":
             continue
         outputs = torch.zeros(2 * site.width)
