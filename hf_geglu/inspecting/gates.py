@@ -145,16 +145,23 @@ def _run(
     return ear.unheard
 
 
-def _stack(place: Place, heard: ExpertsPass) -> SiteGates:
+def _known(place: Place) -> dict[str, Any]:
+    """What is known of a block before anything is measured."""
     site = place.site
+    return {
+        "path": site.up,
+        "layer": site.layer,
+        "kind": site.kind,
+        "layout": site.layout,
+        "activation": site.activation,
+        "width": site.width,
+        "unit": place.unit,
+    }
+
+
+def _stack(place: Place, heard: ExpertsPass) -> SiteGates:
     return SiteGates(
-        path=site.up,
-        layer=site.layer,
-        kind=site.kind,
-        layout=site.layout,
-        activation=site.activation,
-        width=site.width,
-        unit=place.unit,
+        **_known(place),
         reasons=("experts in one parameter: the gates of routed tokens only; no norms, duplicates or shares",),
         **heard.facts(),
     )
@@ -185,13 +192,7 @@ def _site(model: nn.Module, place: Place, second: SecondPass | None, reasons: li
         }
         neurons = _with_tokens(neurons, place, first, closed_F)
     return SiteGates(
-        path=site.up,
-        layer=site.layer,
-        kind=site.kind,
-        layout=site.layout,
-        activation=site.activation,
-        width=site.width,
-        unit=place.unit,
+        **_known(place),
         reasons=tuple(reasons),
         neurons=neurons,
         **facts,
