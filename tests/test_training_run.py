@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tiny_training import (  # noqa: F401
     bert,
     causal_tokenizer,
     gpt2,
+    interrupted,
     lines,
     llama,
     one_thread,
@@ -182,23 +182,6 @@ def test_a_real_conversion_trains_resumes_and_loads(name: str, task: Any) -> Non
 
     with pytest.raises(TrainingError, match="does not fit the model"):
         finetune(settings(**{**how, "convert": False}, output_dir="again", resume="checkpoint-2"), task)
-
-
-def interrupted(run: Callable[[], Any], *, after: int) -> None:
-    """Run until a step has been logged, then stop as Ctrl-C would."""
-    from hf_geglu.training.log import RunLog
-
-    real = RunLog.step
-
-    def step(self: Any, record: Any) -> None:
-        real(self, record)
-        if record.step == after:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            run()
 
 
 def test_a_resumed_run_leaves_what_an_uninterrupted_one_leaves() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_tasks import write_task
-from tiny_training import one_thread, same_weights, snapshot  # noqa: F401
+from tiny_training import interrupted, one_thread, same_weights, snapshot  # noqa: F401
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -50,22 +49,6 @@ def settings(place: Path, task: Any, *more: str, out: str = "out") -> RunSetting
 
 
 FLAGS: dict[str, list[str]] = {}
-
-
-def interrupted(run: Callable[[], Any], *, after: int) -> None:
-    from hf_geglu.training.log import RunLog
-
-    real = RunLog.step
-
-    def step(self: Any, record: Any) -> None:
-        real(self, record)
-        if record.step == after:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            run()
 
 
 @pytest.mark.parametrize("task", NEW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,23 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
         for path in sorted(folder.rglob("*"))
     }
+
+
+def interrupted(run: Callable[[], Any], *, after: int) -> None:
+    """Run until a step has been logged, then stop as Ctrl-C would."""
+    from hf_geglu.training.log import RunLog
+
+    real = RunLog.step
+
+    def step(self: Any, record: Any) -> None:
+        real(self, record)
+        if record.step == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run()
 
 
 @pytest.fixture(autouse=True)
