@@ -31,7 +31,7 @@ from hf_geglu.demo.weights import minilm_folder
 from hf_geglu.narrowing.fidelity import embeddings, neighbour_agreement
 from hf_geglu.narrowing.pipeline import narrow, study
 from hf_geglu.narrowing.settings import STAGES, NarrowSettings, Stage
-from hf_geglu.plan import make_plan
+from hf_geglu.planning import make_plan
 
 CALIBRATED = ("prose", "library", "glosses", "computing")
 OTHER = "manuals"

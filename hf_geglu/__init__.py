@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hf_geglu.identifying import Identity, Unknown, identify
     from hf_geglu.inspecting import GateReport, inspect_gates
     from hf_geglu.optimizing import OptimizationReport, optimize
-    from hf_geglu.plan import Plan, make_plan
+    from hf_geglu.plan import Plan
+    from hf_geglu.planning import make_plan
     from hf_geglu.sites import FoundSites, Rejection, Site, find_sites
     from hf_geglu.surgery import forget_original, revert
     from hf_geglu.verify import Report
@@ -87,7 +88,7 @@ _HOMES = {
     "geglu_config": "config",
     "identify": "identifying",
     "inspect_gates": "inspecting",
-    "make_plan": "plan",
+    "make_plan": "planning",
     "optimize": "optimizing",
     "push": "hub.push",
     "revert": "surgery",

@@ -14,7 +14,8 @@ from torch import nn
 from hf_geglu.declaration import declare_config, site_entry
 from hf_geglu.errors import PlanError
 from hf_geglu.native import changed_config
-from hf_geglu.plan import Plan, make_plan
+from hf_geglu.plan import Plan
+from hf_geglu.planning import make_plan
 from hf_geglu.sites import find_sites
 from hf_geglu.sizing import width_changes
 from hf_geglu.skeleton import base_architecture, skeleton

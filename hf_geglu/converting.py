@@ -16,7 +16,8 @@ from hf_geglu.fingerprint import fingerprint
 from hf_geglu.inputs import Inputs, synthetic_inputs
 from hf_geglu.modes import evaluating
 from hf_geglu.narrowing import NarrowSettings, Stage, carry_out
-from hf_geglu.plan import GeluForm, Plan, make_plan
+from hf_geglu.plan import GeluForm, Plan
+from hf_geglu.planning import make_plan
 from hf_geglu.provenance import Provenance, base_of, forget, remember, remember_fits
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites

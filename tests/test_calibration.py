@@ -15,7 +15,8 @@ from hf_geglu.calibration.histogram import WeightedHistogram
 from hf_geglu.calibration.lines import down_matrix
 from hf_geglu.errors import DataError, ManifestError, PlanError
 from hf_geglu.functional import activation
-from hf_geglu.plan import Plan, make_plan
+from hf_geglu.plan import Plan
+from hf_geglu.planning import make_plan
 from hf_geglu.sites import find_sites
 
 

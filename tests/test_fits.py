@@ -12,7 +12,8 @@ import hf_geglu
 from hf_geglu.choice import CalibrationRecord, FitRecord
 from hf_geglu.conversions import Coefficients, NewWeights, find_scaling
 from hf_geglu.errors import PlanError, VerificationError
-from hf_geglu.plan import Plan, make_plan
+from hf_geglu.plan import Plan
+from hf_geglu.planning import make_plan
 from hf_geglu.sites.weights import bias_name, experts_in, is_stack, parameters_of, weight_name
 from hf_geglu.surgery import apply
 from hf_geglu.verify import check_sites

@@ -21,7 +21,8 @@ from hf_geglu.narrowing.pipeline import narrow, study
 from hf_geglu.narrowing.replay import Replay
 from hf_geglu.narrowing.settings import HealSettings
 from hf_geglu.narrowing.sums import Stop, Sum, find_sums, hooked
-from hf_geglu.plan import Plan, make_plan
+from hf_geglu.plan import Plan
+from hf_geglu.planning import make_plan
 
 QUICK = NarrowSettings(
     curve=(0.8,),

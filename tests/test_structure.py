@@ -24,6 +24,7 @@ LAYERS = [
     ["native", "cost", "choice", "narrow_record"],
     ["sizing"],
     ["plan"],
+    ["planning"],
     ["declaration"],
     ["surgery"],
     ["distance"],
@@ -91,8 +92,8 @@ def test_import_is_lean():
     """Registration must not pull in what only conversions need; and importing twice does nothing."""
     code = (
         "import sys, hf_geglu, importlib; importlib.reload(hf_geglu)\n"
-        "heavy = ['hf_geglu.plan', 'hf_geglu.sites', 'transformers.modeling_utils', 'transformers.activations']\n"
-        "heavy += ['transformers.models.auto.configuration_auto', 'datasets', 'typer']\n"
+        "heavy = ['hf_geglu.plan', 'hf_geglu.planning', 'hf_geglu.sites', 'transformers.modeling_utils']\n"
+        "heavy += ['transformers.activations', 'transformers.models.auto.configuration_auto', 'datasets', 'typer']\n"
         "print([name for name in heavy if name in sys.modules])\n"
         "from transformers.activations import ACT2FN; from transformers import AutoConfig\n"
         "print('geglu' in ACT2FN, AutoConfig.for_model('geglu_bert').model_type)"

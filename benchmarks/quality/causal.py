@@ -16,7 +16,7 @@ from benchmarks.records import write
 from hf_geglu.calibration import CalibrationData, calibrate
 from hf_geglu.demo.naive import naive_swap
 from hf_geglu.demo.weights import smollm2_folder
-from hf_geglu.plan import make_plan
+from hf_geglu.planning import make_plan
 from hf_geglu.training import blocks_from_texts
 
 BLOCK = 256

@@ -18,7 +18,7 @@ from benchmarks.corpora import corpus
 from benchmarks.quality.measuring import distances, log_probabilities
 from benchmarks.records import RESULTS, write
 from hf_geglu.calibration import CalibrationData, calibrate, measure
-from hf_geglu.plan import make_plan
+from hf_geglu.planning import make_plan
 
 ACTIVATIONS = ("relu", "relu2", "silu", "quick_gelu")
 BLOCK, BATCH, WIDTH, LAYERS, RATE = 128, 16, 128, 3, 3e-3

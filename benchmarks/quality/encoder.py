@@ -15,7 +15,7 @@ from benchmarks.quality.measuring import interval
 from benchmarks.records import write
 from hf_geglu.demo.naive import naive_swap
 from hf_geglu.demo.weights import minilm_folder
-from hf_geglu.plan import make_plan
+from hf_geglu.planning import make_plan
 
 NEIGHBOURS = 10
 

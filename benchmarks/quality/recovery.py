@@ -23,7 +23,7 @@ from benchmarks.records import write
 from hf_geglu.calibration import CalibrationData, calibrate
 from hf_geglu.demo.naive import naive_swap
 from hf_geglu.modeling_geglu import get_attribute, set_attribute
-from hf_geglu.plan import make_plan
+from hf_geglu.planning import make_plan
 
 WIDTH, LAYERS, PRETRAINED, RATE, FINE_RATE = 128, 3, 400, 3e-3, 3e-4
 

@@ -14,7 +14,8 @@ from hf_geglu.calibration.data import CalibrationData
 from hf_geglu.distance import cast, comparison, is_causal, outputs_of
 from hf_geglu.errors import ConversionError, PlanError
 from hf_geglu.modes import evaluating
-from hf_geglu.plan import Plan, without
+from hf_geglu.plan import Plan
+from hf_geglu.planning import without
 from hf_geglu.sites import FoundSites
 from hf_geglu.surgery import Fits, apply, revert
 

@@ -29,7 +29,8 @@ from hf_geglu.conversions import Rewrite, rewrites
 from hf_geglu.declaration import declare_config, site_entry
 from hf_geglu.errors import PlanError, WeightsError
 from hf_geglu.modeling_geglu import set_config_entry, variant_model_class
-from hf_geglu.plan import GeluForm, Plan, make_plan
+from hf_geglu.plan import GeluForm, Plan
+from hf_geglu.planning import make_plan
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites
 from hf_geglu.sites.weights import weight_name

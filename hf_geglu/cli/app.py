@@ -66,7 +66,7 @@ def plan(
     """Say what a conversion would do. Reads the config only; touches nothing."""
     from transformers import AutoConfig
 
-    from hf_geglu.plan import make_plan
+    from hf_geglu.planning import make_plan
     from hf_geglu.sites import find_sites, read_sites
     from hf_geglu.skeleton import architecture, skeleton
     from hf_geglu.width import parse_width

@@ -29,7 +29,7 @@ from hf_geglu.distance import compare
 from hf_geglu.errors import HfGegluError
 from hf_geglu.hub import check_output, load, load_processor, save_folder, whole_folder
 from hf_geglu.modes import evaluating
-from hf_geglu.plan import make_plan
+from hf_geglu.planning import make_plan
 from hf_geglu.provenance import LedgerRow, TrainingRecord
 from hf_geglu.skeleton import architecture
 from hf_geglu.surgery import forget_original

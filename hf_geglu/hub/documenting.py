@@ -12,7 +12,7 @@ from hf_geglu.hub.loading import load
 from hf_geglu.hub.manifest import MANIFEST, Manifest
 from hf_geglu.hub.papers import write_papers
 from hf_geglu.modeling_geglu import CLASS_PREFIX, base_class
-from hf_geglu.plan import make_plan
+from hf_geglu.planning import make_plan
 from hf_geglu.provenance import recall
 from hf_geglu.selection import Layers
 from hf_geglu.skeleton import architecture

@@ -12,7 +12,8 @@ from hf_geglu.converting import Verify, convert
 from hf_geglu.errors import WeightsError
 from hf_geglu.files import check_weights
 from hf_geglu.inputs import Inputs
-from hf_geglu.plan import GeluForm, Plan, make_plan
+from hf_geglu.plan import GeluForm, Plan
+from hf_geglu.planning import make_plan
 from hf_geglu.provenance import cached_commit
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites
