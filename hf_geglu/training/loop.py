@@ -26,15 +26,18 @@ from hf_geglu.training.accelerator import make_accelerator, without_marks
 from hf_geglu.training.averaging import WeightAverage
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
 from hf_geglu.training.best import BestModel
-from hf_geglu.training.checkpoint import CheckpointFolder, Progress, TrainingState, fingerprint
+from hf_geglu.training.checkpoint import CheckpointFolder
 from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
+from hf_geglu.training.generators import seed_generators
 from hf_geglu.training.head import Head, NoHead, find_head
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective, token_count
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
-from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, seed_generators, with_kernels
+from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, with_kernels
+from hf_geglu.training.progress import Progress
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.state import TrainingState, fingerprint
 from hf_geglu.training.trainable import choose_trainable, value_masks
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 
 from hf_geglu.errors import OutputError, TrainingError
 from hf_geglu.provenance import TrainingRecord
-from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
+from hf_geglu.training.checkpoint import CheckpointFolder
+from hf_geglu.training.progress import read_progress
 from hf_geglu.training.settings import LATEST, OutputSettings
 
 LEFT_BY_A_RUN = (

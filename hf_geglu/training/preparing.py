@@ -1,9 +1,8 @@
-"""What is done to a model before it is trained: the type of its weights, gradient checkpointing, random generators."""
+"""What is done to a model before it is trained: the type of its weights, gradient checkpointing, kernels."""
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,17 +16,6 @@ from hf_geglu.optimizing.running import STATE
 from hf_geglu.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
-
-
-def seed_generators(seed: int) -> None:
-    """Seed what dropout and remote code may draw from. Processes differ, so that their dropout does."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        import numpy
-    except ImportError:
-        return
-    numpy.random.seed(seed % 2**32)
 
 
 def cast_weights(model: nn.Module, settings: TrainSettings) -> None:

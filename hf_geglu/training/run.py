@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.adapters import adapted
-from hf_geglu.training.checkpoint import CheckpointFolder, read_progress
+from hf_geglu.training.checkpoint import CheckpointFolder
 from hf_geglu.training.config_file import replayable
 from hf_geglu.training.curves import LiveCurves
 from hf_geglu.training.lineage import training_record
@@ -20,6 +20,7 @@ from hf_geglu.training.log import Narrator, RunLog, to_json
 from hf_geglu.training.loop import train
 from hf_geglu.training.objectives import Task
 from hf_geglu.training.outset import ConvertFn, Outset, set_out
+from hf_geglu.training.progress import read_progress
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult, numbers
 from hf_geglu.training.settings import RunSettings
 

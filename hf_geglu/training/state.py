@@ -1,0 +1,185 @@
+"""What a checkpoint holds: the live objects of a run, written into a folder and brought back from it.
+
+    config.json, model.safetensors, tokenizer...   the model, as save_pretrained writes it: from_pretrained reads it
+    optimizer.safetensors                          AdamW's state by parameter name
+    best.safetensors, average.safetensors          weights that a run keeps beside its own
+    rng-P.safetensors                              random generators of process P
+    progress.json                                  step, position in the data, schedule, settings, history
+
+All of it is plain data; nothing is pickled. When and where it is written is `checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from hf_geglu.errors import ConfigurationError, TrainingError
+from hf_geglu.training.batches import Blocks, MapBlocks
+from hf_geglu.training.generators import load_generators
+from hf_geglu.training.objectives import Example, Objective
+from hf_geglu.training.optimizer import load_optimizer_tensors, load_scheduler_state, optimizer_tensors, scheduler_state
+from hf_geglu.training.progress import FILE, FORMAT, Progress, read_progress
+from hf_geglu.training.records import EvalRecord, StepRecord
+from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.weights import load_weights, save_weights
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = frozenset(
+    {
+        # How long, how often, where and how fast, but not what is computed from a draw.
+        *("max_steps", "num_train_epochs", "eval_steps", "save_steps", "logging_steps", "use_cpu"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        *("early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end"),
+        *("mixed_precision", "bf16", "fp16", "gradient_checkpointing", "chunked_cross_entropy"),
+        "ddp_find_unused_parameters",
+    }
+)
+"""Settings that a resumed run may have different from the run before."""
+
+
+def fingerprint(blocks: Blocks, objective: Objective) -> dict[str, Any]:
+    """What tells the data of two runs apart cheaply: the objective; number and ends of blocks that do not stream."""
+    told: Any = objective
+    found: dict[str, Any] = {"objective": type(objective).__name__}
+    if is_dataclass(told):
+        settings = {f.name: getattr(told, f.name) for f in fields(told)}
+        found |= {name: sorted(value) if isinstance(value, frozenset) else value for name, value in settings.items()}
+    if isinstance(blocks, MapBlocks):
+        first, last = (_checksum(blocks[i]) for i in (0, len(blocks) - 1))
+        found |= {"blocks": len(blocks), "first block": first, "last block": last}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # as it will be read back
+    return plain
+
+
+class Companion(Protocol):
+    """What keeps weights of its own during a run."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by parameter; empty for none."""
+
+    def load(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Go on from what `tensors` gave."""
+
+
+def _checksum(example: Example) -> int:
+    """Of the tensors and numbers of an example, whatever they are called."""
+    parts = example if isinstance(example, Mapping) else {"input_ids": example}
+    total = 0
+    for name in sorted(parts):
+        value = parts[name]
+        data = value.tobytes() if hasattr(value, "tobytes") else torch.as_tensor(value).numpy().tobytes()
+        total = zlib.crc32(data, total)
+    return total
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The live objects that a checkpoint is a picture of."""
+
+    model: nn.Module
+    optimizer: AdamW
+    scheduler: LambdaLR
+    scaler: Any
+    settings: TrainSettings
+    data: dict[str, Any]
+    companions: Mapping[str, Companion] = field(default_factory=dict)
+    """By the name of their file."""
+
+    def write(self, folder: Path, progress: Progress, tokenizer: Any) -> None:
+        """Everything but the random generators, into an existing folder.
+
+        Raises:
+            TrainingError: weights that are not finite; a checkpoint of them would be worth nothing.
+        """
+        broken = [name for name, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if broken:
+            raise TrainingError(
+                f"{len(broken)} parameters hold NaN or infinity after step {progress.step}, {broken[0]} first: "
+                "expected finite weights; no checkpoint of them was written. Lower --learning_rate and resume from "
+                "the checkpoint before."
+            )
+        save_weights(self.model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        save_file(optimizer_tensors(self.model, self.optimizer), folder / "optimizer.safetensors")
+        for name, companion in self.companions.items():
+            if tensors := companion.tensors():
+                save_file({key: value.contiguous() for key, value in tensors.items()}, _file_of(folder, name))
+        state = {
+            "format": FORMAT,
+            "step": progress.step,
+            "draws": progress.draws,
+            "data": self.data,
+            "scheduler": scheduler_state(self.scheduler),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "settings": asdict(self.settings),
+            "steps": [asdict(record) for record in progress.steps],
+            "evals": [asdict(record) for record in progress.evals],
+        }
+        (folder / FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def restore(self, folder: Path, process: int) -> Progress:
+        """Bring the live objects to the state in `folder`; returns how far that run was.
+
+        Raises:
+            TrainingError: no complete checkpoint, or that of another run.
+            ConfigurationError: settings that have changed though the result depends on them.
+        """
+        saved = read_progress(folder)
+        if saved["data"] != self.data:
+            names = sorted(saved["data"].keys() | self.data.keys())
+            pairs = [(name, saved["data"].get(name), self.data.get(name)) for name in names]
+            raise TrainingError(
+                f"other data than {folder.name} was made with: "
+                + "; ".join(f"{name}: {old} -> {new}" for name, old, new in pairs if old != new)
+                + ". Expected the same, for the same batches. Give dataset, tokenizer, --block_size and split as then."
+            )
+        changed = [
+            f"{name}: {saved['settings'][name]} -> {value}"
+            for name, value in asdict(self.settings).items()
+            if name in saved["settings"] and saved["settings"][name] != value
+        ]
+        refused = [change for change in changed if change.split(":")[0] not in MAY_CHANGE]
+        if refused:
+            raise ConfigurationError(
+                f"{'; '.join(refused)} since {folder.name}: expected the same values in a resumed run. Give the old "
+                "ones, or start a new run with the checkpoint as --model_name_or_path."
+            )
+        if changed:
+            logger.info("resuming with other settings: %s", "; ".join(changed))
+        load_weights(self.model, folder)
+        load_optimizer_tensors(self.model, self.optimizer, load_file(folder / "optimizer.safetensors"))
+        for name, companion in self.companions.items():
+            if _file_of(folder, name).exists():
+                companion.load(load_file(_file_of(folder, name)))
+        load_scheduler_state(self.scheduler, saved["scheduler"])
+        if self.scaler is not None and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        generators = folder / f"rng-{process}.safetensors"
+        if generators.exists():
+            load_generators(generators)
+        else:
+            logger.info("%s holds no random state of process %d: its dropout starts anew", folder.name, process)
+        return Progress(
+            step=int(saved["step"]),
+            draws=int(saved["draws"]),
+            steps=[StepRecord(**record) for record in saved["steps"]],
+            evals=[EvalRecord(**record) for record in saved["evals"]],
+        )
+
+
+def _file_of(folder: Path, companion: str) -> Path:
+    return folder / f"{companion}.safetensors"
