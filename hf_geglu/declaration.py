@@ -44,6 +44,7 @@ def declare_config(config: Any, base_class: type, sites: list[dict[str, Any]], p
     config.auto_map = auto_map(base_config, base_class)
     config.architectures = [variant_model_class(base_class, base_config).__name__]
     config.__class__ = registered_config_class(base_config)
+    vars(config).pop("model_type", None)  # what was read from a file keeps the base's on the instance
 
 
 def _saved_tripwire(config: Any, base_class: type, keys: list[str], sites: list[dict[str, Any]]) -> str | None:

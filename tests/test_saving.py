@@ -188,6 +188,14 @@ def test_from_pretrained_converts_while_loading(base, tmp_path):
     assert torch.equal(again(ids).logits, loaded(ids).logits)
 
 
+def test_a_config_that_was_read_from_a_file_says_what_the_model_became(base):
+    model = transformers.AutoModel.from_pretrained(base[0])
+    hf_geglu.convert(model)
+    assert model.config.model_type == "geglu_bert"
+    hf_geglu.revert(model)
+    assert model.config.model_type == "bert"
+
+
 def _shards(folder):
     return sorted(folder.glob("model-*.safetensors"))
 
