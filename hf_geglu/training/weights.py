@@ -58,8 +58,7 @@ def _load_renamed_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     config: Any = getattr(model, "config", None)
     described = folder / "config.json"
     saved_type = json.loads(described.read_text(encoding="utf-8")).get("model_type") if described.exists() else None
-    # of the class: an instance that was read from a file keeps what stood there, also when it was converted since
-    if saved_type is None or saved_type != getattr(type(config), "model_type", None):
+    if saved_type is None or saved_type != getattr(config, "model_type", None):
         raise _other_model(folder, "the names of the weights differ")
     try:
         loaded, info = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)
