@@ -1,9 +1,8 @@
 """How much of a model survives fewer neurons? MiniLM's sentence embeddings, stage by stage, beside the dense control.
 
 Calibrated on sentences of four domains (essays, Python's documentation, WordNet, a dictionary of computing). Measured
-on
-800 held-out sentences: half of them essays, half Debian's manuals, which calibration never saw. CPU seconds are those
-of the process, with one thread.
+on 800 held-out sentences: half of them essays, half Debian's manuals, which calibration never saw. CPU seconds are
+those of the process, with one thread.
 
     python -m benchmarks.narrow closed --seeds 0 1 2
     python -m benchmarks.narrow local --seeds 0 1 2

@@ -23,8 +23,7 @@ from hf_geglu.variants import VARIANTS, get_variant
 from hf_geglu.width import matched_width
 
 NATIVELY_GATED = {
-    # T5, LongT5, UDOP... derive the other two entries from the first one, but keep what was derived when a config is
-    # copied.
+    # T5, LongT5, UDOP... derive the other two entries from the first one, but keep what was derived in a copied config.
     # "gelu_python" is the erf form; "gated-gelu" is read as the tanh form.
     variant: {"feed_forward_proj": f"gated-{name}", "dense_act_fn": activation, "is_gated_act": True}
     for variant, name, activation in (
@@ -44,8 +43,7 @@ def geglu_config(config: Any, width: Literal["same", "matched"] | int = "same", 
     Args:
         config: of any transformers model, dense or gated. It is not changed.
         width: "same" intermediate size; "matched" keeps the parameters (two thirds of a dense block's width, the same
-        for a
-            block that is gated already); or the intermediate size itself.
+            for a block that is gated already); or the intermediate size itself.
         variant: a name of `hf_geglu.VARIANTS`.
 
     Returns:

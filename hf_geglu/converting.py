@@ -73,8 +73,7 @@ def convert(
         sites: blocks named by hand, see `find_sites`.
         inputs: keyword arguments of one forward, for the verification; synthetic ones otherwise.
         verify: "model" runs the whole model before and after (a model in a 16-bit dtype also in float32, for which a
-        copy
-            is made and dropped); "sites" checks every block in float64 only.
+            copy is made and dropped); "sites" checks every block in float64 only.
 
     Returns:
         The report of what was measured.

@@ -32,9 +32,8 @@ NEURONS, VECTORS = 512, 64
 
 EXACT_NOISE = 1000
 """An exact conversion may move a model's outputs by this many rounding steps of float32 or float64, relative to the
-largest
-output. Deep models amplify a rounding by 10 to 100; the nearest wrong formula (tanh for erf) starts at 4000 float32
-steps."""
+largest output. Deep models amplify a rounding by 10 to 100; the nearest wrong formula (tanh for erf) starts at 4000
+float32 steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

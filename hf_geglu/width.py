@@ -19,9 +19,8 @@ def matched_width(width: int) -> int:
     """Intermediate size at which a gated block has the parameters of a dense one of `width` neurons.
 
     Three matrices instead of two: ``3 D F' = 2 D F``, so F' = 2F/3 (Shazeer 2020, arXiv:2002.05202, section 3.1, which
-    goes
-    from 3072 to 2048). Rounded to a multiple of the largest power of two, up to 64, that stays within 2 %: kernels like
-    multiples of 64.
+    goes from 3072 to 2048). Rounded to a multiple of the largest power of two, up to 64, that stays within 2 %: kernels
+    like multiples of 64.
     """
     return _round(2 * width / 3)
 

@@ -13,8 +13,6 @@ from tiny_training import causal_tokenizer, one_thread  # noqa: F401
 
 pytest.importorskip("datasets")
 
-import datasets
-import huggingface_hub
 import torch
 
 from hf_geglu.errors import ConfigurationError, DataError
@@ -24,15 +22,7 @@ from hf_geglu.training.batches import draws
 from hf_geglu.training.corpus import Corpus, load_corpus
 from hf_geglu.training.mixture import Ingredient
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return here
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def write(name: str, texts: list[str]) -> None:

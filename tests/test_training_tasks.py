@@ -16,8 +16,6 @@ from tiny_training import interrupted, one_thread, same_weights, snapshot  # noq
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-import datasets
-import huggingface_hub
 import transformers
 
 from hf_geglu.errors import ConfigurationError, DataError
@@ -26,17 +24,9 @@ from hf_geglu.training.command_line import parse
 from hf_geglu.training.run import finetune
 from hf_geglu.training.tasks import TASKS, Request
 
+pytestmark = pytest.mark.usefixtures("place")
+
 NEW = ["sft", "seq2seq", "text_classification", "token_classification", "image_classification"]
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return here
 
 
 RUN = "--max_steps 4 --save_steps 2 --eval_steps 2 --per_device_train_batch_size 3 --learning_rate 1e-2 --use_cpu"

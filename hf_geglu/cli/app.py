@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from hf_geglu.cli import collapsing, identifying, inspecting, publishing
+from hf_geglu.cli.options import Gelu, Layers, Model, Output, Overwrite, Revision, Sites, Trust, Variant, WidthText
 from hf_geglu.errors import ConfigurationError, HfGegluError
 
 app = typer.Typer(
@@ -19,36 +20,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id or a folder.", show_default=False)]
-Variant = Annotated[str, typer.Option(help="geglu, geglu_tanh, swiglu, reglu, bilinear or glu.")]
-Layers = Annotated[
-    str | None,
-    typer.Option(help="Which layers: '0-5', '3,7,-1', or a glob on the path. Default: all.", show_default=False),
-]
-Gelu = Annotated[
-    Literal["owner", "named"],
-    typer.Option(help="owner: a block keeps its own form of GELU (erf or tanh). named: exactly the variant's form."),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
-Sites = Annotated[
-    Path | None,
-    typer.Option(
-        "--sites",
-        help="YAML file that names the FFN blocks, for a model the search does not understand: a list such as "
-        "'- {up: layers.*.w1, down: layers.*.w2}', with 'gate:' where that is a projection of its own.",
-        show_default=False,
-    ),
-]
-WidthText = Annotated[
-    str,
-    typer.Option(
-        "--width",
-        help="same; matched (the parameters of a dense block, at two thirds of its neurons); a share such as 0.75; or "
-        "a number of neurons. Fewer than there are is lossy, and takes --calibrate.",
-    ),
-]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the modelling code of the repository.")]
 
 
 @app.command()
@@ -83,7 +54,7 @@ def plan(
 @app.command()
 def convert(
     model: Model,
-    output_dir: Annotated[Path, typer.Argument(help="A new or empty folder.", show_default=False)],
+    output_dir: Output,
     variant: Variant = "geglu",
     layers: Layers = None,
     gelu: Gelu = "owner",
@@ -97,7 +68,7 @@ def convert(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
     sites: Sites = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT_DIR holds.")] = False,
+    overwrite: Overwrite = False,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
@@ -223,7 +194,7 @@ def demo(
         "demo-output"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each of the two runs.")] = 12,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert, verify, fine-tune and reload a real model on real text, and print the numbers side by side."""
     from hf_geglu.demo.run import run_demo

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from hf_geglu.cli.options import Layers, Overwrite, Revision, Tokens
+
 
 def collapse(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A variant: folder or Hub id.", show_default=False)],
@@ -16,17 +18,15 @@ def collapse(
         float,
         typer.Option(help="How far a neuron's value may move, as a share of it, and still count as constant. 0: not."),
     ] = 0.0,
-    layers: Annotated[
-        str | None, typer.Option(help="Which layers: '0-5', '3,7,-1', or a glob on the path.", show_default=False)
-    ] = None,
+    layers: Layers = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Text that a tolerance is measured on, as in `inspect`.", show_default=False),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens of it.", min=1)] = 8192,
+    tokens: Tokens = 8192,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would collapse; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what TARGET holds.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
 ) -> None:
     """Make blocks dense again whose value branch has learned nothing, verify, and write the smaller model.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from hf_geglu.cli.options import Revision, Trust
+
 if TYPE_CHECKING:
     from hf_geglu.identifying import Identity, Unknown
     from hf_geglu.identifying.audit import Finding
@@ -28,10 +30,8 @@ def identify(
         str | None,
         typer.Option(help="geglu, geglu_tanh, swiglu...: fail unless every unit is that variant.", show_default=False),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the modelling code of the repository.")
-    ] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say by behaviour what the feed-forward units are, and whether the config is true.

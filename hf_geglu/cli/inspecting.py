@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from hf_geglu.cli.options import Layers, Model, Revision, Tokens
+
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", show_default=False)],
+    model: Model,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -25,17 +27,15 @@ def inspect(
         str | None,
         typer.Option("--before", "--base", help="The model from before a fine-tuning.", show_default=False),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens of the text.", min=1)] = 8192,
-    layers: Annotated[
-        str | None, typer.Option(help="Which layers: '0-5', '3,7,-1', or a glob on the path.", show_default=False)
-    ] = None,
+    tokens: Tokens = 8192,
+    layers: Layers = None,
     plot: Annotated[
         Path | None, typer.Option(help="Where the picture goes: PLOT.png and PLOT.svg.", show_default=False)
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write the report there, with a number a neuron.", show_default=False)
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
+    revision: Revision = None,
 ) -> None:
     """Show what the gates of a model do: closed, dead and duplicate ones, and what the value branches have learned."""
     from hf_geglu.cli.texts import batches_of, open_model

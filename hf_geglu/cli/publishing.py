@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from hf_geglu.cli.options import Base, Folder, Layers, Output, Overwrite, Revision, Variant
+
 if TYPE_CHECKING:
     from hf_geglu.hub.verifying import Verification
 
 Source = Annotated[str, typer.Argument(metavar="DIR_OR_ID", help="A folder or a Hub id.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that holds a variant.", show_default=False)]
-Output = Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="A new or empty folder.", show_default=False)]
-Base = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER_OR_ID", help="The base, where the Hub is not to be asked.", show_default=False),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT_DIR holds.")]
 
 
 def verify(source: Source, revision: Revision = None, base: Base = None) -> None:
@@ -40,9 +33,9 @@ def reproduce(source: Source, base: Base = None, revision: Revision = None) -> N
 def document(
     folder: Folder,
     base: Annotated[str, typer.Option(metavar="FOLDER_OR_ID", help="What it was converted from.", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Of the base on the Hub.", show_default=False)] = None,
-    variant: Annotated[str, typer.Option(help="What it was converted to.")] = "geglu",
-    layers: Annotated[str | None, typer.Option(help="As in `convert`.", show_default=False)] = None,
+    revision: Revision = None,
+    variant: Variant = "geglu",
+    layers: Layers = None,
 ) -> None:
     """Write golden outputs, manifest and card for a folder that save_pretrained made; the base proves what it is."""
     from hf_geglu.hub.documenting import document_folder

@@ -14,8 +14,7 @@ Where the numbers come from:
   format; 128 puts the error (relative RMS 1.5e-4) under the rounding of bfloat16 (2e-3) while ``128 z`` stays inside
   float16 for ``|z| < 511``.
 * `max_error` is the supremum over all z, `rms_error` the root mean square of the error relative to that of the
-activation
-  for z ~ N(0, 1). Both are recomputed by the tests.
+  activation for z ~ N(0, 1). Both are recomputed by the tests.
 """
 
 from __future__ import annotations
