@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hf_geglu.errors import OutputError
+from hf_geglu.errors import HfGegluError, OutputError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -126,13 +127,26 @@ def said_when_full(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        reason = why_full(error)
+        if reason is None:
             raise
         raise OutputError(
-            f"no room to write {folder.name} ({error.strerror}). Make room, or choose another place, and run the same "
+            f"no room to write {folder.name} ({reason}). Make room, or choose another place, and run the same "
             "command again: it goes on where it stopped"
         ) from error
+
+
+def why_full(error: BaseException) -> str | None:
+    """In the words of the system, if this is its refusal to write more; None for any other error.
+
+    Safetensors and tokenizers, written in Rust, raise errors of their own with the number in the text.
+    """
+    if isinstance(error, HfGegluError):
+        return None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def sync_tree(folder: Path) -> None:

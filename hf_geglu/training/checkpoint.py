@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_geglu.errors import OutputError
 from hf_geglu.training.generators import save_generators
 from hf_geglu.training.progress import FILE, Progress
+from hf_geglu.training.room import checkpoint_bytes, in_all_or_none, no_room
 from hf_geglu.training.state import TrainingState
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -45,23 +48,58 @@ class CheckpointFolder:
         return found[-1] if found else None
 
     def save(self, state: TrainingState, progress: Progress, accelerator: Any) -> None:
-        """Write checkpoint-N, then remove what is older than the `keep` newest. Called by every process."""
+        """Write checkpoint-N, then remove what is older than the `keep` newest. Called by every process.
+
+        Raises:
+            OutputError: there is no room for it. What was there before is as it was.
+        """
         main = bool(accelerator.is_main_process)
         target = self.folder / f"checkpoint-{progress.step}"
         draft = self.folder / f".{target.name}.draft"
         if main:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            state.write(draft, progress, self.tokenizer)
-        accelerator.wait_for_everyone()
-        save_generators(draft / f"rng-{accelerator.process_index}.safetensors")
-        accelerator.wait_for_everyone()
+            self._tidy()
+
+        def attempt(write: Callable[[], None]) -> None:
+            in_all_or_none(accelerator, write, lambda: shutil.rmtree(draft, ignore_errors=True), full)
+
+        def full(reason: str) -> OutputError:
+            needed, kept = checkpoint_bytes(state), self.latest()
+            return no_room(target.name, self.folder, needed=needed, reason=reason, then=_about_kept(kept))
+
+        def write_state() -> None:
+            if main:
+                draft.mkdir(parents=True)
+                state.write(draft, progress, self.tokenizer)
+
+        attempt(write_state)
+        attempt(lambda: save_generators(draft / f"rng-{accelerator.process_index}.safetensors"))
         if main:
             move_into_place(draft, target)
             for old in self.all()[: -self.keep] if self.keep else []:
                 if old != target:
-                    shutil.rmtree(old)
+                    _remove(old)
         accelerator.wait_for_everyone()
+
+    def _tidy(self) -> None:
+        """Remove what a killed process was writing or removing."""
+        for path in self.folder.glob(".checkpoint-*"):
+            shutil.rmtree(path)
+
+
+def _about_kept(kept: Path | None) -> str:
+    if kept is None:
+        return "No checkpoint had been written before. Make room, or choose another --output_dir, and start again."
+    return (
+        f"{kept.name} is whole and stays. Make room, or lower --save_total_limit, and go on with the same command and "
+        "--resume."
+    )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: a checkpoint that is there is there completely."""
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(old)
+    shutil.rmtree(old)
 
 
 def move_into_place(draft: Path, target: Path) -> None:

@@ -24,6 +24,8 @@ from hf_geglu.training.records import EvalRecord, StepRecord
 
 TRAIN_LOG = "train_log.jsonl"
 EVAL_LOG = "eval_log.jsonl"
+BEFORE = -1
+"""`resumed_at` of a training that begins with step 0 in a folder that may hold lines of its interrupted beginning."""
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

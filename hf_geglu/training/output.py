@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -13,17 +14,25 @@ from hf_geglu.errors import OutputError, TrainingError
 from hf_geglu.provenance import TrainingRecord
 from hf_geglu.training.checkpoint import CheckpointFolder
 from hf_geglu.training.progress import read_progress
+from hf_geglu.training.room import room_for, weight_bytes
 from hf_geglu.training.settings import LATEST, OutputSettings
+
+logger = logging.getLogger(__name__)
 
 LEFT_BY_A_RUN = (
     "checkpoint-*",
     ".checkpoint-*",
     "*_log.jsonl",
+    ".*_log.jsonl",
     "settings.json",
     "results.json",
+    ".settings.json.draft",
+    ".results.json.draft",
     "loss.png",
+    ".draft-loss.png",
     "control",
     ".model",
+    "..model.partial",
 )
 """What --overwrite removes when the new run starts. The model goes when the new one is there, foreign files never."""
 
@@ -72,16 +81,20 @@ class RunFolder:
         shutil.rmtree(draft, ignore_errors=True)
         name = self.path.resolve().name
         kept = None if is_ours(self.path / CARD) else self.path / CARD
-        save_folder(
-            model,
-            draft,
-            tokenizer=tokenizer,
-            training=training,
-            command=command,
-            name=name,
-            keep_card=kept,
-            curves=curves,
-        )
+        newest = CheckpointFolder(self.path).latest()
+        after = "Make room and give the same command with --resume" if newest else "Make room and start again"
+        then = f"{newest.name if newest else 'No checkpoint'} has the training. {after}."
+        with room_for("the finished model", self.path, needed=weight_bytes(model), then=then):
+            save_folder(
+                model,
+                draft,
+                tokenizer=tokenizer,
+                training=training,
+                command=command,
+                name=name,
+                keep_card=kept,
+                curves=curves,
+            )
         (self.path / "config.json").unlink(missing_ok=True)
         shutil.rmtree(self.path / FOLDER, ignore_errors=True)
         for old in self.path.glob("model*.safetensors*"):
@@ -118,7 +131,10 @@ def check_output(output: OutputSettings, *, sources: Iterable[str] = ()) -> tupl
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"--output_dir {name} is a file: expected a folder. Give another name.")
     if output.resume is not None:
-        return RunFolder(folder), _checkpoint(folder, output.resume)
+        found = _checkpoint(folder, output.resume)
+        if found is None:
+            logger.info("%s holds no checkpoint yet: the run starts anew", name)
+        return RunFolder(folder, overwrite=found is None), found
     if folder.is_dir() and any(folder.iterdir()) and not output.overwrite_output_dir:
         raise OutputError(
             f"--output_dir {name} is not empty: expected a new or empty folder. Give another one, --resume to go on "
@@ -136,10 +152,11 @@ def check_output(output: OutputSettings, *, sources: Iterable[str] = ()) -> tupl
     return RunFolder(folder, overwrite=output.overwrite_output_dir), None
 
 
-def _checkpoint(folder: Path, resume: str) -> Path:
+def _checkpoint(folder: Path, resume: str) -> Path | None:
+    """None: a run was killed before its first checkpoint."""
     if resume.lower() in (LATEST, "true"):
         found = CheckpointFolder(folder).latest()
-        if found is None:
+        if found is None and not _only_begun(folder):
             raise TrainingError(
                 f"--resume, but {folder.name or folder} holds no checkpoint: expected a folder checkpoint-N. Leave "
                 "--resume out to start a run there."
@@ -152,3 +169,11 @@ def _checkpoint(folder: Path, resume: str) -> Path:
         )
     read_progress(path)
     return path
+
+
+def _only_begun(folder: Path) -> bool:
+    """Whether there is no more than an interrupted run leaves before its first checkpoint."""
+    if not folder.is_dir() or any((folder / name).exists() for name in ("config.json", "results.json")):
+        return False
+    ours = [path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)]
+    return (folder / "settings.json").is_file() or set(folder.iterdir()) <= set(ours)

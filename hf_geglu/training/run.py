@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from hf_geglu.training.checkpoint import CheckpointFolder
 from hf_geglu.training.config_file import replayable
 from hf_geglu.training.curves import LiveCurves
 from hf_geglu.training.lineage import training_record
-from hf_geglu.training.log import Narrator, RunLog, to_json
+from hf_geglu.training.log import BEFORE, Narrator, RunLog, to_json
 from hf_geglu.training.loop import train
 from hf_geglu.training.objectives import Task
 from hf_geglu.training.outset import ConvertFn, Outset, set_out
 from hf_geglu.training.progress import read_progress
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult, numbers
+from hf_geglu.training.room import room_for
 from hf_geglu.training.settings import RunSettings
 
 
@@ -108,7 +110,7 @@ def finetune(
 
     Raises:
         ConfigurationError: settings that cannot be.
-        OutputError: a folder that must not be written.
+        OutputError: a folder that must not be written, or no room on the disk; checkpoints stay as they were.
         DataError: no data, no text in it, or too little.
         TrainingError: a run that cannot be resumed, or whose loss is no longer finite.
         HfGegluError: what the conversion raises.
@@ -116,22 +118,24 @@ def finetune(
     outset, model = set_out(settings, task, convert_fn=convert_fn)
     run, folder, corpus = _Run(outset), outset.folder, outset.corpus
     accelerator = outset.accelerator
-    trained = run.train("model", model, folder.path, outset.resume_from)
-    if accelerator.is_main_process:
-        record = training_record(settings, task, corpus, trained)
-        folder.publish(model, outset.processor, record, command, run.curves.picture)
-    del model  # before the control is loaded: both would need twice the memory
+    then = "The checkpoints that are there are whole. Make room, and give the same command with --resume."
+    with room_for("the log of the run", folder.path, then=then):
+        trained = run.train("model", model, folder.path, outset.resume_from)
+        if accelerator.is_main_process:
+            record = training_record(settings, task, corpus, trained)
+            folder.publish(model, outset.processor, record, command, run.curves.picture)
+        del model  # before the control is loaded: both would need twice the memory
 
-    control = None
-    if settings.model.control:
-        place = folder.path / "control"
-        resume_from = CheckpointFolder(place).latest() if outset.resume_from else None
-        control = run.train("control", outset.unconverted(), place, resume_from)
-    result = RunResult(task, trained, control, outset.report, corpus.lines, outset.total_steps)
-    if accelerator.is_main_process:
-        if control is not None:
-            folder.amend(training_record(settings, task, corpus, trained, control=control), run.curves.picture)
-        _write_json(folder.path / "results.json", result.to_dict())
+        control = None
+        if settings.model.control:
+            place = folder.path / "control"
+            resume_from = CheckpointFolder(place).latest() if outset.resume_from else None
+            control = run.train("control", outset.unconverted(), place, resume_from)
+        result = RunResult(task, trained, control, outset.report, corpus.lines, outset.total_steps)
+        if accelerator.is_main_process:
+            if control is not None:
+                folder.amend(training_record(settings, task, corpus, trained, control=control), run.curves.picture)
+            _write_json(folder.path / "results.json", result.to_dict())
     accelerator.wait_for_everyone()
     return result
 
@@ -153,7 +157,8 @@ class _Run:
         before: dict[str, Any] = read_progress(resume_from) if resume_from else {"step": 0, "evals": []}
         done = int(before["step"])
         self.curves.known(name, [EvalRecord(**record) for record in before["evals"]])
-        log = RunLog(place, prepare=lambda: self._begin(accelerator), resumed_at=done if resume_from else None)
+        again = None if outset.resume_from is None else done if resume_from else BEFORE
+        log = RunLog(place, prepare=lambda: self._begin(accelerator), resumed_at=again)
         checkpoints = CheckpointFolder(place, keep=settings.output.save_total_limit, tokenizer=outset.processor)
         narrator = Narrator(
             name, total=outset.total_steps, done=done, every=settings.train.logging_steps, quiet=not main
@@ -204,4 +209,6 @@ class _Run:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
