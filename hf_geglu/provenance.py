@@ -57,6 +57,28 @@ class LedgerRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What models wrote to one prompt.
+
+    Attributes:
+        prompt: as a person reads it.
+        before: by the converted model, untrained.
+        after: by the trained one.
+        control: by the unconverted model after the same training, where there is one.
+    """
+
+    prompt: str
+    before: str
+    after: str
+    control: str | None = None
+
+    def texts(self) -> dict[str, str]:
+        """By what they are."""
+        found = {"prompt": self.prompt, "before": self.before, "after": self.after}
+        return found if self.control is None else found | {"control": self.control}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecord:
     """One training of a variant.
 
@@ -73,6 +95,7 @@ class TrainingRecord:
         ledger: base, step 0, final, control: as far as measured.
         held_out_tokens: behind each row.
         control: whether the last row is the unconverted model after the same training.
+        samples: what was written to prompts before and after.
     """
 
     task: str
@@ -87,6 +110,7 @@ class TrainingRecord:
     ledger: tuple[LedgerRow, ...] = ()
     held_out_tokens: int = 0
     control: bool = False
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

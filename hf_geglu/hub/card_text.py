@@ -29,6 +29,7 @@ def body(manifest: Manifest, *, name: str, licence: Licence, curves: str | None)
         _converted(manifest),
         _narrowing(manifest),
         _measured(manifest.trainings, curves),
+        _written(manifest.trainings),
         _verification(manifest.provenance.report),
         _loading(manifest, name),
         _limits(manifest),
@@ -188,6 +189,20 @@ def _measured(runs: Sequence[TrainingRecord], curves: str | None) -> list[str]:
         lines.append("")
     if curves:
         lines += [f"![Held-out loss]({curves})"]
+    return lines
+
+
+def _written(runs: Sequence[TrainingRecord]) -> list[str]:
+    """Indented, so that nothing in them is taken for Markdown or HTML."""
+    samples = [sample for run in runs for sample in run.samples]
+    if not samples:
+        return []
+    lines = ["## What it writes", "", "To the same prompts, from the same random numbers; not chosen.", ""]
+    for sample in samples:
+        for head, text in sample.texts().items():
+            first, *more = text.splitlines() or [""]
+            lines += [f"    {head + ':':9} {first}".rstrip(), *(f"    {'':9} {line}".rstrip() for line in more)]
+        lines.append("")
     return lines
 
 

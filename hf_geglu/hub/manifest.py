@@ -18,7 +18,7 @@ from hf_geglu.errors import ManifestError, PlanError
 from hf_geglu.fingerprint import Fingerprint
 from hf_geglu.hub.privacy import scrubbed
 from hf_geglu.plan import Plan
-from hf_geglu.provenance import Base, LedgerRow, Provenance, Reversal, TrainingRecord
+from hf_geglu.provenance import Base, LedgerRow, Provenance, Reversal, Sample, TrainingRecord
 
 SCHEMA = 1
 FOLDER = "geglu"
@@ -150,7 +150,9 @@ def _fingerprint(data: Mapping[str, Any] | None) -> Fingerprint | None:
 
 
 def _training(data: Mapping[str, Any]) -> TrainingRecord:
-    return TrainingRecord(**{**data, "ledger": tuple(LedgerRow(**row) for row in data["ledger"])})
+    ledger = tuple(LedgerRow(**row) for row in data["ledger"])
+    samples = tuple(Sample(**row) for row in data.get("samples", ()))
+    return TrainingRecord(**{**data, "ledger": ledger, "samples": samples})
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -131,6 +131,8 @@ def main(
         return 130
     if first_process:
         print(result.table())
+        if result.samples:
+            print(f"\n{result.told_samples()}\n")
         print(f"saved in {settings.output.output_dir}")
     return 0
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_geglu.provenance import LedgerRow, TrainingRecord
+from hf_geglu.provenance import LedgerRow, Sample, TrainingRecord
 from hf_geglu.training.corpus import Corpus
 from hf_geglu.training.objectives import Task
 from hf_geglu.training.records import EvalRecord, TrainResult
@@ -19,7 +19,13 @@ _TOLD = (
 
 
 def training_record(
-    settings: RunSettings, task: Task, corpus: Corpus, trained: TrainResult, *, control: TrainResult | None = None
+    settings: RunSettings,
+    task: Task,
+    corpus: Corpus,
+    trained: TrainResult,
+    *,
+    control: TrainResult | None = None,
+    samples: tuple[Sample, ...] = (),
 ) -> TrainingRecord:
     """The record of a finished run; once more with its control when that is there."""
     rows = []
@@ -45,6 +51,7 @@ def training_record(
         ledger=tuple(rows),
         held_out_tokens=trained.evals[-1].tokens if trained.evals else 0,
         control=control is not None and bool(control.evals),
+        samples=samples,
     )
 
 

@@ -1,8 +1,8 @@
 """What a run tells: train_log.jsonl and eval_log.jsonl for programs, a progress bar and lines for people.
 
 train_log.jsonl has one object a step: {"step", "loss", "learning_rate", "grad_norm", "tokens", "predicted", "seconds",
-"tokens_per_second"}; eval_log.jsonl one an evaluation: {"step", "nll", "perplexity", "tokens", "metrics"}. What is not
-finite is null.
+"tokens_per_second"}; eval_log.jsonl one an evaluation: {"step", "nll", "perplexity", "tokens", "metrics"};
+sample_log.jsonl one a completion, before and after: {"step", "prompt", "completion"}. What is not finite is null.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hf_geglu.training.records import EvalRecord, StepRecord
+from hf_geglu.training.records import EvalRecord, SampleRecord, StepRecord
 
 TRAIN_LOG = "train_log.jsonl"
 EVAL_LOG = "eval_log.jsonl"
+SAMPLE_LOG = "sample_log.jsonl"
 BEFORE = -1
 """`resumed_at` of a training that begins with step 0 in a folder that may hold lines of its interrupted beginning."""
 
@@ -70,28 +71,44 @@ class RunLog:
         """Write an evaluation."""
         self._append(EVAL_LOG, asdict(record))
 
+    def samples(self, records: Sequence[SampleRecord]) -> None:
+        """Write completions; those that the file has of the same or a later step are replaced."""
+        if not records:
+            return
+        self._get_ready()
+        path = self.folder / SAMPLE_LOG
+        earlier = _whole_lines(path, before=records[0].step)
+        _rewrite(path, [*earlier, *(to_json(asdict(record)) + "\n" for record in records)])
+
     def _append(self, name: str, content: dict[str, Any]) -> None:
-        if not self._ready:
-            self._ready = True
-            self.prepare()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.resumed_at is not None:
-                self._forget_after(self.resumed_at)
+        self._get_ready()
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(to_json(content) + "\n")
 
-    def _forget_after(self, step: int) -> None:
-        for name in (TRAIN_LOG, EVAL_LOG):
-            path = self.folder / name
-            if path.exists():
-                # A line that was cut off by a crash has no newline; it is later than any checkpoint.
-                whole = [
-                    line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-                ]
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-                draft = path.with_name(f".{name}")
-                draft.write_text("".join(kept), encoding="utf-8")
-                os.replace(draft, path)
+    def _get_ready(self) -> None:
+        if self._ready:
+            return
+        self._ready = True
+        self.prepare()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.resumed_at is not None:
+            for path in (self.folder / TRAIN_LOG, self.folder / EVAL_LOG):
+                if path.exists():
+                    _rewrite(path, _whole_lines(path, before=self.resumed_at + 1))
+
+
+def _whole_lines(path: Path, *, before: int) -> list[str]:
+    """Those of earlier steps. A line that was cut off by a crash has no newline; it is later than any checkpoint."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [line + "\n" for line in lines if json.loads(line)["step"] < before]
+
+
+def _rewrite(path: Path, lines: Sequence[str]) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text("".join(lines), encoding="utf-8")
+    os.replace(draft, path)
 
 
 class Narrator:
@@ -145,6 +162,12 @@ class Narrator:
                 f"{self._name}  step {record.step}/{self._total}  loss {record.loss:.4f}  lr "
                 f"{record.learning_rate:.2e}  grad norm {record.grad_norm:.2f}  {speed} tokens/s  {clock(left)} left"
             )
+
+    def samples(self, records: Sequence[SampleRecord]) -> None:
+        """Print prompts with what was written to them."""
+        for record in records:
+            end, written = (" ".join(text.split()) for text in (record.prompt[-60:], record.completion))
+            self.say(f"{self._name}  step {record.step}/{self._total}  ...{end} -> {written[:200]}")
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print a line."""

@@ -17,6 +17,7 @@ from torch import nn
 from hf_geglu.training.accelerator import check_trackers, make_accelerator
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.corpus import Corpus
+from hf_geglu.training.generations import Sampler, sampler_for
 from hf_geglu.training.leak import find_isolation
 from hf_geglu.training.objectives import CausalLM, MaskedLM, Objective, Task
 from hf_geglu.training.opening import (
@@ -55,6 +56,7 @@ class Outset:
         report: what the conversion reported; None without one.
         teacher: what is distilled from, if anything is.
         unconverted: loads the model as it was, for the control.
+        sampler: completes prompts before and after; None where none were asked for.
     """
 
     settings: RunSettings
@@ -69,6 +71,7 @@ class Outset:
     report: Any
     teacher: nn.Module | None
     unconverted: Callable[[], nn.Module]
+    sampler: Sampler | None
 
 
 def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None = None) -> tuple[Outset, nn.Module]:
@@ -97,6 +100,18 @@ def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None =
         )
     prepared = kind.prepare(Request(settings.data, processor, config, block_size, settings.train.seed, target_size))
     objective, corpus = prepared.objective, prepared.corpus
+    sampler = None
+    if kind.writes:
+        sampler = sampler_for(
+            task,
+            output,
+            settings.data,
+            tokenizer=processor,
+            config=config,
+            held_out=corpus.validation,
+            block_size=block_size,
+            seed=settings.train.seed,
+        )
     shape = BatchShape(
         settings.train.per_device_train_batch_size,
         settings.train.gradient_accumulation_steps,
@@ -140,6 +155,7 @@ def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None =
             report=report,
             teacher=teacher,
             unconverted=open_model,
+            sampler=sampler,
         ),
         model,
     )

@@ -63,6 +63,15 @@ def numbers(record: StepRecord | EvalRecord) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
+class SampleRecord:
+    """What the model wrote to one prompt after that many steps."""
+
+    step: int
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """A whole training run; after a resume it includes what came before.
 
@@ -81,6 +90,11 @@ class TrainResult:
         """The evaluation of the model as it was left."""
         kept = [record for record in self.evals if record.step == self.best_step] or self.evals
         return kept[-1] if kept else None
+
+    @property
+    def left_at(self) -> int:
+        """The step whose weights the model was left with."""
+        return self.best_step if self.best_step is not None else self.steps[-1].step
 
     @property
     def losses(self) -> tuple[float, ...]:

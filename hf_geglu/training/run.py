@@ -11,18 +11,20 @@ from typing import Any
 
 from torch import nn
 
+from hf_geglu.provenance import Sample
 from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.adapters import adapted
 from hf_geglu.training.checkpoint import CheckpointFolder
 from hf_geglu.training.config_file import replayable
 from hf_geglu.training.curves import LiveCurves
+from hf_geglu.training.generations import samples_of
 from hf_geglu.training.lineage import training_record
 from hf_geglu.training.log import BEFORE, Narrator, RunLog, to_json
 from hf_geglu.training.loop import train
 from hf_geglu.training.objectives import Task
 from hf_geglu.training.outset import ConvertFn, Outset, set_out
 from hf_geglu.training.progress import read_progress
-from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult, numbers
+from hf_geglu.training.records import EvalRecord, SampleRecord, StepRecord, TrainResult, numbers
 from hf_geglu.training.room import room_for
 from hf_geglu.training.settings import RunSettings
 
@@ -38,6 +40,7 @@ class RunResult:
         conversion: what the conversion reported.
         data: lines about the corpus.
         total_steps: steps of each run.
+        samples: what the models wrote to prompts, if that was asked for.
     """
 
     task: Task
@@ -46,6 +49,7 @@ class RunResult:
     conversion: Any
     data: tuple[str, ...]
     total_steps: int
+    samples: tuple[Sample, ...] = ()
 
     def table(self) -> str:
         """The runs side by side, for people."""
@@ -69,6 +73,13 @@ class RunResult:
             for row in rows
         )
 
+    def told_samples(self) -> str:
+        """Prompts and what was written to them, for people."""
+        return "\n\n".join(
+            "\n".join(f"{head + ':':9} {' '.join(text.split())}" for head, text in sample.texts().items())
+            for sample in self.samples
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
         report = self.conversion
@@ -79,6 +90,7 @@ class RunResult:
             "conversion": report.to_dict() if hasattr(report, "to_dict") else report and str(report),
             "trained": _summary(self.trained),
             "control": self.control and _summary(self.control),
+            "samples": [asdict(sample) for sample in self.samples],
         }
 
 
@@ -99,8 +111,9 @@ def finetune(
     """Fine-tune a model and save it.
 
     Leaves in the output folder: the model with tokenizer and generation config (a variant also with manifest, golden
-    outputs and model card, which have the run's numbers), train_log.jsonl, eval_log.jsonl,
-    settings.json, results.json, the newest checkpoints, and for a control the folder control with the same logs.
+    outputs and model card, which have the run's numbers), train_log.jsonl, eval_log.jsonl, sample_log.jsonl (where
+    completions were asked for), settings.json, results.json, the newest checkpoints, and for a control the folder
+    control with the same logs.
 
     Args:
         settings: all of them.
@@ -120,9 +133,10 @@ def finetune(
     accelerator = outset.accelerator
     then = "The checkpoints that are there are whole. Make room, and give the same command with --resume."
     with room_for("the log of the run", folder.path, then=then):
-        trained = run.train("model", model, folder.path, outset.resume_from)
+        trained, before, after = run.train("model", model, folder.path, outset.resume_from)
+        samples = samples_of(outset.sampler, before, after)
         if accelerator.is_main_process:
-            record = training_record(settings, task, corpus, trained)
+            record = training_record(settings, task, corpus, trained, samples=samples)
             folder.publish(model, outset.processor, record, command, run.curves.picture)
         del model  # before the control is loaded: both would need twice the memory
 
@@ -130,14 +144,20 @@ def finetune(
         if settings.model.control:
             place = folder.path / "control"
             resume_from = CheckpointFolder(place).latest() if outset.resume_from else None
-            control = run.train("control", outset.unconverted(), place, resume_from)
-        result = RunResult(task, trained, control, outset.report, corpus.lines, outset.total_steps)
+            control, _, controls = run.train("control", outset.unconverted(), place, resume_from)
+            samples = samples_of(outset.sampler, before, after, controls)
+        result = RunResult(task, trained, control, outset.report, corpus.lines, outset.total_steps, samples)
         if accelerator.is_main_process:
             if control is not None:
-                folder.amend(training_record(settings, task, corpus, trained, control=control), run.curves.picture)
+                record = training_record(settings, task, corpus, trained, control=control, samples=samples)
+                folder.amend(record, run.curves.picture)
             _write_json(folder.path / "results.json", result.to_dict())
     accelerator.wait_for_everyone()
     return result
+
+
+_Trained = tuple[TrainResult, tuple[str, ...], tuple[str, ...]]
+"""And what the model wrote before and after; nothing in other processes than the main one."""
 
 
 class _Run:
@@ -148,7 +168,7 @@ class _Run:
         name = Path(outset.settings.model.model_name_or_path).name
         self.curves = LiveCurves(outset.folder.path, title=f"{name}: held-out loss")
 
-    def train(self, name: str, model: nn.Module, place: Path, resume_from: Path | None) -> TrainResult:
+    def train(self, name: str, model: nn.Module, place: Path, resume_from: Path | None) -> _Trained:
         outset, settings = self._outset, self._outset.settings
         # One for each training: an accelerator holds on to the models that it prepared.
         trackers = settings.output.report_to or ()
@@ -164,15 +184,31 @@ class _Run:
             name, total=outset.total_steps, done=done, every=settings.train.logging_steps, quiet=not main
         )
 
+        def write() -> tuple[str, ...]:
+            return outset.sampler.complete(model, accelerator.device) if outset.sampler and main else ()
+
+        def tell(step: int, completions: tuple[str, ...]) -> None:
+            prompts = outset.sampler.prompts if outset.sampler else ()
+            rows = [SampleRecord(step, *pair) for pair in zip((p.text for p in prompts), completions, strict=False)]
+            log.samples(rows)
+            narrator.samples(rows)
+
+        before_it = write()  # a resumed run too: the checkpoint is not in the model yet
+        untold = [before_it]  # until there is something to write: a run that is refused leaves nothing behind
+
         def on_step(record: StepRecord) -> None:
             narrator.step(record)
             if main:
+                while untold:
+                    tell(0, untold.pop())
                 log.step(record)
             accelerator.log({f"train/{key}": value for key, value in numbers(record).items()}, step=record.step)
 
         def on_eval(record: EvalRecord) -> None:
             narrator.evaluation(record)
             if main:
+                while untold:
+                    tell(0, untold.pop())
                 log.evaluation(record)
                 self.curves.add(name, record)
             accelerator.log({f"eval/{key}": value for key, value in numbers(record).items()}, step=record.step)
@@ -193,9 +229,11 @@ class _Run:
                 accelerator=accelerator,
                 teacher=outset.teacher,
             )
+        after_it = write()
+        tell(trained.left_at, after_it)
         if trackers:
             accelerator.end_training()
-        return trained
+        return trained, before_it, after_it
 
     def _begin(self, accelerator: Any) -> None:
         """When there is something to write."""

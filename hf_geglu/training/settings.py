@@ -29,6 +29,7 @@ SchedulerName = Literal[
     "warmup_stable_decay",
 ]
 LATEST = "latest"
+_WRITE = ("clm", "sft", "seq2seq")
 
 __all__ = ["LATEST", "DataSettings", "ModelSettings", "OutputSettings", "RunSettings", "SchedulerName", "TrainSettings"]
 
@@ -250,6 +251,14 @@ class OutputSettings:
     )
     save_total_limit: int = _flag(2, "keep so many checkpoints, newest first", unit="checkpoints", off="0")
     report_to: list[str] | None = _flag(None, "trackers of accelerate: tensorboard, wandb, trackio, mlflow, all ...")
+    sample_prompts: list[str] | None = _flag(
+        None, "prompts to complete before and after; shown on the card", metavar="TEXT", tasks=_WRITE
+    )
+    num_generation_samples: int = _flag(
+        0, "so many held-out examples as prompts besides", unit="prompts", off="0", tasks=_WRITE
+    )
+    generation_max_new_tokens: int = _flag(64, "length of a completion", unit="tokens", tasks=_WRITE)
+    generation_temperature: float = _flag(0.7, "of its sampling", off="0", tasks=_WRITE)
     plan: bool = _flag(False, "say what the run would take, from two steps; write nothing")
     max_memory: str | None = _flag(None, "with --plan: how the same steps fit into so much, such as 8GB")
 
@@ -267,6 +276,10 @@ class OutputSettings:
             "Add --plan.",
         )
         _require(self.save_total_limit >= 0, f"save_total_limit={self.save_total_limit}", "0 or more", "0 keeps all.")
+        for name in ("num_generation_samples", "generation_temperature"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "0 or more", "0 switches it off.")
+        given = self.generation_max_new_tokens
+        _require(given >= 1, f"generation_max_new_tokens={given}", "1 or more", "64 is a few lines.")
 
 
 @dataclass(frozen=True, kw_only=True)

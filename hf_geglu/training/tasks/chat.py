@@ -201,4 +201,4 @@ def _prepare(request: Request) -> Prepared:
     return Prepared(objective, Corpus(train, validation, told, column, sets.revision, packs))
 
 
-SFT = TaskKind("sft", "the answers of a conversation", "AutoModelForCausalLM", "a causal model", _prepare)
+SFT = TaskKind("sft", "the answers of a conversation", "AutoModelForCausalLM", "a causal model", _prepare, writes=True)

@@ -58,6 +58,7 @@ class TaskKind:
         expected: what kind of model that is, for messages.
         prepare: settings -> examples and objective.
         reads: "tokens" or "pictures".
+        writes: the model can go on from a prompt.
         needs_pad: a batch cannot be made, or not be understood by the model, without a padding token.
     """
 
@@ -68,3 +69,4 @@ class TaskKind:
     prepare: Callable[[Request], Prepared]
     reads: str = "tokens"
     needs_pad: bool = False
+    writes: bool = False

@@ -23,5 +23,5 @@ def _masked(request: Request) -> Prepared:
     )
 
 
-CLM = TaskKind("clm", "the next token", "AutoModelForCausalLM", "a causal model", _causal)
+CLM = TaskKind("clm", "the next token", "AutoModelForCausalLM", "a causal model", _causal, writes=True)
 MLM = TaskKind("mlm", "hidden tokens", "AutoModelForMaskedLM", "a masked language model", _masked)

@@ -171,4 +171,5 @@ SEQ2SEQ = TaskKind(
     "an encoder-decoder",
     _prepare,
     needs_pad=True,
+    writes=True,
 )
