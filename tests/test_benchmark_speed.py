@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import block, clock, memory, render, step
+from benchmarks.speed import block, clock, decode, generate, memory, render, step
 from benchmarks.speed.process import ALLOCATOR, measured
 
 BLOCK: dict[str, Any] = {"hidden": 16, "width": 48, "tokens": 32, "dtype": "bfloat16", "activation": "gelu"}
@@ -38,6 +38,24 @@ def test_one_step(model: str) -> None:
     assert all(ratio <= 2.0 for ratio in found["error over eager"].values())
 
 
+def test_few_tokens() -> None:
+    case = {**BLOCK, "dtype": "float32", "tokens": [1, 3]}
+    found = decode.measure(**case, seconds=0.0, row=4 * 3 * 16 * 48 * 2)
+    assert list(found["time over eager"]) == list(found["error over eager"]) == ["1", "3"]
+    for part in found.values():
+        for own in part.values():
+            assert own.keys() == {block.EAGER, "one product for both", "torch.compile", decode.OURS, decode.PACKED}
+            assert own[block.EAGER] == 1.0
+    assert all(ratio <= 2.0 for own in found["error over eager"].values() for ratio in own.values())
+
+
+def test_generation() -> None:
+    found = generate.measure(shape=SHAPE, dtype="float32", prompt=4, new=3, batch=2, seconds=0.0)
+    assert list(found["time over eager"]) == [block.EAGER, decode.OURS, decode.PACKED]
+    assert found["same tokens"] == 1.0
+    assert 0.1 < found["packed bytes over weights"] < 1.0  # one layer's block beside embedding and attention
+
+
 def test_a_measurement_has_a_process_of_its_own() -> None:
     """With the allocator's settings, and one side only."""
     peak = measured("peak", threads=1, of="step", side=step.EAGER, shape=SHAPE, batch=(1, 33))
@@ -60,6 +78,7 @@ def test_ratios_are_those_within_a_round() -> None:
 def test_the_page(tmp_path: Path) -> None:
     sides = dict.fromkeys(step.SIDES, 0.5)
     blocks = {"eager HF": 1.0, "ours, lean": 0.875}
+    few = {"1": {"eager HF": 1.0, "ours, decode": 0.5625}, "8": {"eager HF": 1.0, "ours, decode": 0.6875}}
     record = {
         **{"device": "CPU, 1 threads", "torch": "2", "transformers": "5"},
         "blocks": [
@@ -76,6 +95,13 @@ def test_the_page(tmp_path: Path) -> None:
                 **dict.fromkeys(("error over eager", "time over eager", "saved over eager", "peak over eager"), sides),
             }
         ],
+        "decode": [{**BLOCK, "tokens": [1, 8], **dict.fromkeys(("time over eager", "error over eager"), few)}],
+        "generate": [
+            {
+                **{"shape": SHAPE, "dtype": "float32", "prompt": 32, "new": 24, "time over eager": blocks},
+                **{"same tokens": 1.0, "packed bytes over weights": 0.592},
+            }
+        ],
         "rest": {
             "import_seconds": {"after the Auto classes": 0.012},
             "conversion": {"parameters": 1_100_000_000, "over reading once": {"find_sites": 0.175}},
@@ -83,7 +109,17 @@ def test_the_page(tmp_path: Path) -> None:
     }
     render.render(json.loads(json.dumps(record)), tmp_path)
     page = (tmp_path / "performance.md").read_text(encoding="utf-8")
-    for told in ("0.875", "2.00 + x", "1.525", "0.012 after the Auto classes", "1.10 billion", "0.175", "2 threads"):
+    for told in (
+        "0.875",
+        "2.00 + x",
+        "1.525",
+        "0.012 after the Auto classes",
+        "1.10 billion",
+        "0.175",
+        "2 threads",
+        "0.5625 | 0.6875",
+        "59%",
+    ):
         assert told in page
     for plot in render.PLOTS:
         assert plot in page

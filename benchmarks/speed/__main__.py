@@ -36,14 +36,23 @@ STEPS: list[dict[str, Any]] = [
     {"shape": {"model": "SmolLM2-135M"}, "batch": (1, 1024)},
     {"shape": {"model": "GPT-2 small"}, "batch": (1, 1024)},
 ]
+DECODE: list[dict[str, Any]] = [
+    {**shape, "dtype": dtype, "activation": ERF, "tokens": [1, 2, 4, 8, 64]}
+    for shape in (SMOLLM2, GPT2, {"hidden": 2048, "width": 5632})
+    for dtype in ("bfloat16", "float32")
+]
+GENERATE: dict[str, Any] = {"shape": {"model": "SmolLM2-135M"}, "prompt": 32, "new": 24, "batch": 1}
 MODEL = {"hidden": 2048, "width": 8192, "layers": 16, "vocabulary": 32000}
 """A Llama of 1.1 billion parameters."""
+
+PARTS = ["block", "step", "decode", "rest"]
 
 QUICK_BLOCK: dict[str, Any] = {"hidden": 32, "width": 96, "tokens": 64, "dtype": "bfloat16", "activation": ERF}
 QUICK_STEP: dict[str, Any] = {
     "shape": {"model": "SmolLM2-135M", "layers": 2, "vocabulary": 1024},
     "batch": (1, 64),
 }
+QUICK_DECODE: dict[str, Any] = {"hidden": 32, "width": 96, "dtype": "float32", "activation": ERF, "tokens": [1, 8]}
 QUICK_MODEL = {"hidden": 64, "width": 160, "layers": 2, "vocabulary": 128}
 
 
@@ -79,6 +88,18 @@ def run(*, quick: bool, only: list[str], say: Any = print) -> dict[str, Any]:
                 over = {side: round(peak / peaks[step.EAGER], 4) for side, peak in peaks.items()}
                 row = {"device": device, "threads": threads, **case, **found}
                 result["steps"].append({**row, "peak over eager": over} if device == "cpu" else row)
+    if "decode" in only:
+        result["decode"] = []
+        for case in [QUICK_DECODE] if quick else DECODE:
+            say(f"decode  {case}")
+            found = measured("decode", threads=1, **case, seconds=seconds / 8.0)
+            result["decode"].append({**case, **found})
+        result["generate"] = []
+        for dtype in ["float32"] if quick else ["bfloat16", "float32"]:
+            case = {**GENERATE, "shape": QUICK_STEP["shape"], "new": 3} if quick else GENERATE
+            say(f"generate  {dtype}  {case}")
+            found = measured("generate", threads=1, **case, dtype=dtype, seconds=2.5 * seconds)
+            result["generate"].append({**case, "dtype": dtype, **found})
     if "rest" in only:
         say("rest")
         result["rest"] = measured("rest", threads=1, model=QUICK_MODEL if quick else MODEL, rounds=1 if quick else 3)
@@ -88,7 +109,7 @@ def run(*, quick: bool, only: list[str], say: Any = print) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes; prints, writes nothing")
-    parser.add_argument("--only", nargs="+", choices=["block", "step", "rest"], default=["block", "step", "rest"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     begin = time.perf_counter()
     result = run(quick=args.quick, only=args.only)
@@ -96,7 +117,9 @@ def main() -> None:
     print(f"{time.perf_counter() - begin:.0f} s")
     if not args.quick:
         earlier = RESULTS / "speed.json"
-        kept = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() and len(args.only) < 3 else {}
+        kept = (
+            json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() and len(args.only) < len(PARTS) else {}
+        )
         write("speed", {**kept, **result})
         render(json.loads(earlier.read_text(encoding="utf-8")))
 

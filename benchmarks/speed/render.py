@@ -62,6 +62,20 @@ def _step(row: Mapping[str, Any]) -> str:
     return f"{title}\n\n{table(head, body)}"
 
 
+def _decode(row: Mapping[str, Any]) -> str:
+    times, errors = row["time over eager"], row["error over eager"]
+    sides = list(next(iter(times.values())))
+    head = ["side", *(f"{tokens} token{'s' * (int(tokens) > 1)}" for tokens in times), "largest error over eager HF"]
+    body = [[side, *(own[side] for own in times.values()), max(own[side] for own in errors.values())] for side in sides]
+    return f"**{row['hidden']} x {row['width']}, {row['dtype']}, {row['activation']}**\n\n{table(head, body)}"
+
+
+def _generation(row: Mapping[str, Any]) -> list[object]:
+    work = f"{row['prompt']} + {row['new']}"
+    times, held = row["time over eager"].values(), f"+ {row['packed bytes over weights']:.0%}"
+    return [f"{row['shape']['model']} shape", row["dtype"], work, *times, f"{row['same tokens']:.0%}", held]
+
+
 def page(record: Mapping[str, Any]) -> str:
     """The whole page."""
     parts = [HEAD.format(**record)]
@@ -86,6 +100,19 @@ def page(record: Mapping[str, Any]) -> str:
             "choice of attention on all sides.",
             *[f"![{name}]({plot})" for name, plot in zip(("Time of a step", "Peak of a step"), PLOTS, strict=True)],
             *[_step(row) for row in record["steps"]],
+        ]
+    if "decode" in record:
+        parts += [
+            "## Few tokens, no gradients",
+            "A row of blocks that does not fit into the caches, 1 thread; time over eager HF, by tokens in a call. "
+            '"ours, decode" is `optimize(model, decode=True)`: a second, packed copy of the weights.',
+            *[_decode(row) for row in record["decode"]],
+            "Greedy generation with a cache, time over eager HF:",
+            table(
+                ["model", "dtype", "prompt + new", *record["generate"][0]["time over eager"], "same tokens", "memory"],
+                [_generation(row) for row in record["generate"]],
+            ),
+            "Memory is what the packed copies take, over the weights of the model.",
         ]
     if "rest" in record:
         rest = record["rest"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_geglu.ops.attention import better_than_torch, causal_attention
+from hf_geglu.ops.attention import FEWEST_TOKENS, better_than_torch, causal_attention
 from hf_geglu.optimizing.plain import watched
 
 NAME = "hf_geglu_causal"
@@ -82,6 +82,7 @@ def attention_forward(
     if (
         causal is True
         and attention_mask is None
+        and query.shape[2] >= FEWEST_TOKENS
         and not dropout
         and not torch.compiler.is_compiling()
         and watched() is None

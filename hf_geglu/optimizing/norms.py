@@ -24,14 +24,16 @@ class NormRecipe:
 
     def answer(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
         """What the norm gives, or None where the module's own `forward` must."""
-        if len(args) != 1 or kwargs or type(args[0]) is not Tensor or hooked(module) or watched() is not None:
-            return None
+        if not torch.is_grad_enabled() or len(args) != 1 or kwargs or type(args[0]) is not Tensor:
+            return None  # first: while a model generates, every question takes time
         x_D: Tensor = args[0]
+        if x_D.numel() < FEWEST_ELEMENTS or hooked(module) or watched() is not None:
+            return None
         weight: Any = module.weight
         plain = type(weight) is nn.Parameter and weight.dtype == x_D.dtype and weight.device == x_D.device
-        if not plain or x_D.dim() < 2 or x_D.numel() < FEWEST_ELEMENTS or torch.compiler.is_compiling():
+        if not plain or x_D.dim() < 2 or torch.compiler.is_compiling():
             return None
-        if not (torch.is_grad_enabled() and (x_D.requires_grad or weight.requires_grad)):
+        if not (x_D.requires_grad or weight.requires_grad):
             return None
         return rms_norm(x_D, weight, self.eps)
 

@@ -21,10 +21,24 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
+def part(block: nn.Module, path: str) -> nn.Module:
+    """The module at that path: `get_submodule` in a fraction of its time, for what is asked at every call."""
+    for name in path.split(".") if path else ():
+        block = block._modules[name]  # type: ignore[assignment]
+    return block
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its class says: hooks, or a `forward` of its own (accelerate's)."""
     state = module.__dict__
-    return "forward" in state or any(state.get(name) for name in _HOOKS)
+    forward_hooks, pre_hooks, backward_hooks, backward_pre_hooks = _HOOKS
+    return bool(
+        "forward" in state
+        or state.get(forward_hooks)
+        or state.get(pre_hooks)
+        or state.get(backward_hooks)
+        or state.get(backward_pre_hooks)
+    )
 
 
 def not_plain(projection: nn.Module) -> str | None:
@@ -33,18 +47,18 @@ def not_plain(projection: nn.Module) -> str | None:
         return f"a projection is a {type(projection).__module__}.{type(projection).__name__}, which must be called"
     if hooked(projection):
         return "a projection has a hook, which must be called"
-    for tensor in (projection.weight, projection.bias):
+    weight, bias = tensors_of(projection)
+    for tensor in (weight, bias):
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
             return f"a projection's weight is a {type(tensor).__name__}"
-    return "a projection's weight is sharded or has no values" if _absent(projection.weight) else None  # type: ignore[arg-type]
-
-
-def _absent(weight: torch.Tensor) -> bool:
-    return weight.dim() != 2 or weight.is_meta
+    return "a projection's weight is sharded or has no values" if weight.dim() != 2 or weight.is_meta else None
 
 
 def tensors_of(projection: nn.Module) -> Projection:
     """Its weight and bias."""
+    own = projection._parameters
+    if "weight" in own and "bias" in own:  # attributes take twenty times as long
+        return own["weight"], own["bias"]  # type: ignore[return-value]
     return projection.weight, projection.bias  # type: ignore[return-value]
 
 

@@ -60,6 +60,7 @@ def block_recipe(
         activation_kind=kind_of(get_attribute(block, activation)),
         form=_form(site),
         argument=next(iter(inspect.signature(block.forward).parameters), ""),
+        width=site.width,
         mode=mode,
     )
     signature = (recipe, Signatures().of(block), next(block.parameters()).dtype)

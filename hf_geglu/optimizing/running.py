@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.modeling_geglu import PackedGLU
+from hf_geglu.modeling_geglu import PackedGLU, get_attribute
 from hf_geglu.ops import Form, Mode, ffn, packed_glu
 from hf_geglu.ops.block import Weights
-from hf_geglu.ops.choose import Call, choose
-from hf_geglu.ops.feed_forward import chosen
+from hf_geglu.ops.choose import Call, always_too_small, choose, packing_pays
+from hf_geglu.ops.feed_forward import chosen, differentiated
+from hf_geglu.optimizing import decoding
 from hf_geglu.optimizing.norms import NormRecipe
-from hf_geglu.optimizing.plain import hooked, not_plain, tensors_of, watched
+from hf_geglu.optimizing.plain import hooked, not_plain, part, tensors_of, watched
 
 STATE = "_hf_geglu_ops"
 """The attribute of an optimised module that says how; without it, the module runs as it was."""
@@ -46,7 +47,11 @@ class BlockRecipe:
     """Other dropouts, which must do nothing."""
     argument: str
     """Name of the only argument."""
+    width: int
+    """Intermediate size."""
     mode: Mode
+    decode: bool = False
+    """Whether calls of few tokens may go through a second, packed copy of the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +79,17 @@ def obstacle(block: nn.Module, recipe: BlockRecipe, x_D: Any) -> str | None:
         return why
     for path in (recipe.gate, recipe.up, recipe.down):
         if path is not None:
-            why = not_plain(block.get_submodule(path))
+            why = not_plain(part(block, path))
             if why is not None:
                 return why
     why = _changed(block, recipe)
     if why is not None:
         return why
-    weights = _weights(block, recipe)
-    tensors = [tensor for tensor in weights.flat() if tensor is not None]
-    if any(tensor.device != x_D.device for tensor in tensors):
+    tensors = [tensor for tensor in weights_of(block, recipe).flat() if tensor is not None]
+    device, dtype = x_D.device, x_D.dtype
+    if any(tensor.device != device for tensor in tensors):
         return "hidden states and weights are on different devices"
-    if not torch.is_autocast_enabled(x_D.device.type) and any(tensor.dtype != x_D.dtype for tensor in tensors):
+    if any(tensor.dtype != dtype for tensor in tensors) and not torch.is_autocast_enabled(device.type):
         return "hidden states and weights have different dtypes"
     return None
 
@@ -92,13 +97,13 @@ def obstacle(block: nn.Module, recipe: BlockRecipe, x_D: Any) -> str | None:
 def _changed(block: nn.Module, recipe: BlockRecipe) -> str | None:
     """What is no longer as it was when the block was optimised."""
     path, _, name = recipe.activation.rpartition(".")
-    activation = getattr(block.get_submodule(path), name)
+    activation = getattr(part(block, path), name)
     if kind_of(activation) != recipe.activation_kind:
         return "its activation is another one by now"
     if isinstance(activation, nn.Module) and any(hooked(part) for part in activation.modules()):
         return "its activation has a hook, which must be called"
     for place in (recipe.between, recipe.after, *recipe.idle):
-        dropout = None if place is None else block.get_submodule(place)
+        dropout = None if place is None else part(block, place)
         if dropout is None:
             continue
         if type(dropout) is not nn.Dropout or (place != recipe.after and hooked(dropout)):
@@ -110,19 +115,26 @@ def _changed(block: nn.Module, recipe: BlockRecipe) -> str | None:
 
 def run_block(block: nn.Module, recipe: BlockRecipe, x_D: torch.Tensor, mode: Mode, **how: Any) -> torch.Tensor:
     """The block by kernels; `how` goes to `hf_geglu.ops.ffn`."""
-    weights = _weights(block, recipe)
-    between: Any = None if recipe.between is None else block.get_submodule(recipe.between)
-    probability = between.p if between is not None and between.training else 0.0
+    weights = weights_of(block, recipe)
     gate, up, down = weights.gate, weights.up, weights.down
-    answer_D = ffn(x_D, gate, up, down, form=recipe.form, dropout=probability, mode=mode, **how)
-    if recipe.after is not None:
-        answer_D = block.get_submodule(recipe.after)(answer_D)
-    return answer_D
+    answer_D = ffn(x_D, gate, up, down, form=recipe.form, dropout=_noise(block, recipe), mode=mode, **how)
+    return _after(block, recipe, answer_D)
 
 
-def _weights(block: nn.Module, recipe: BlockRecipe) -> Weights:
-    gate = None if recipe.gate is None else tensors_of(block.get_submodule(recipe.gate))
-    return Weights(gate, tensors_of(block.get_submodule(recipe.up)), tensors_of(block.get_submodule(recipe.down)))
+def _noise(block: nn.Module, recipe: BlockRecipe) -> float:
+    """Probability of the dropout in the middle, 0 where none is at work."""
+    between: Any = None if recipe.between is None else part(block, recipe.between)
+    return between.p if between is not None and between.training else 0.0
+
+
+def _after(block: nn.Module, recipe: BlockRecipe, answer_D: torch.Tensor) -> torch.Tensor:
+    return answer_D if recipe.after is None else part(block, recipe.after)(answer_D)
+
+
+def weights_of(block: nn.Module, recipe: BlockRecipe) -> Weights:
+    """The tensors of its projections."""
+    gate = None if recipe.gate is None else tensors_of(part(block, recipe.gate))
+    return Weights(gate, tensors_of(part(block, recipe.up)), tensors_of(part(block, recipe.down)))
 
 
 def _forward_of_block(module: nn.Module, recipe: BlockRecipe, args: Any, kwargs: Any) -> torch.Tensor | None:
@@ -130,10 +142,54 @@ def _forward_of_block(module: nn.Module, recipe: BlockRecipe, args: Any, kwargs:
     if len(args) + len(kwargs) != 1 or (kwargs and recipe.argument not in kwargs):
         return None
     x_D = args[0] if args else kwargs[recipe.argument]
+    few = recipe.decode and not torch.compiler.is_compiling()
+    quiet = few and not _more_than_parts(module, recipe)
+    if quiet:
+        answer_D = decoding.packing_of(module).answer(module, x_D)
+        if answer_D is not None:
+            return _after(module, recipe, answer_D)
+    if recipe.mode == "auto" and not few and _too_small(x_D, recipe.width):
+        return None  # before anything else is asked, which takes as long as a small block
     if obstacle(module, recipe, x_D) is not None:
         return None
-    mode = chosen(x_D, _weights(module, recipe), recipe.form, recipe.mode)
+    weights = weights_of(module, recipe)
+    if few:
+        _look_at_weights(module, recipe, weights, x_D, quiet=quiet)
+    mode = chosen(x_D, weights, recipe.form, recipe.mode)
     return None if mode == "reference" else run_block(module, recipe, x_D, mode)
+
+
+def _too_small(x_D: Any, width: int) -> bool:
+    return isinstance(x_D, torch.Tensor) and x_D.dim() > 0 and always_too_small(x_D.shape[:-1].numel(), width)
+
+
+def _more_than_parts(block: nn.Module, recipe: BlockRecipe) -> bool:
+    """What `Packing` does not ask: a dropout at work; an activation that is no module, or holds one, and is another."""
+    if not isinstance(recipe.activation_kind, type) and _changed(block, recipe) is not None:
+        return True
+    dropouts: Any = [part(block, path) for path in (recipe.between, *recipe.idle) if path is not None]
+    return any(dropout.training and dropout.p for dropout in dropouts)
+
+
+def _look_at_weights(
+    block: nn.Module, recipe: BlockRecipe, weights: Weights, x_D: torch.Tensor, *, quiet: bool
+) -> None:
+    """After a call that packed weights did not answer: pack them for the next one, or hold none any longer."""
+    if differentiated(x_D, weights):
+        decoding.drop(block)  # they are going to change
+        return
+    plain = quiet and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_D.device.type)
+    if plain and packing_pays(x_D.shape[:-1].numel(), x_D.shape[-1], recipe.width):
+        paths = [path for path in (recipe.gate, recipe.up, recipe.down) if path is not None]
+        decoding.packing_of(block).see(block, weights, recipe.form, paths, _other_parts(block, recipe))
+
+
+def _other_parts(block: nn.Module, recipe: BlockRecipe) -> list[str]:
+    """Modules beside the projections that the packed path does not call: activation and dropouts."""
+    activation = get_attribute(block, recipe.activation)
+    inside = [path for path, _ in activation.named_modules()] if isinstance(activation, nn.Module) else []
+    paths = [f"{recipe.activation}.{path}" if path else recipe.activation for path in inside]
+    return [*paths, *(path for path in (recipe.between, *recipe.idle) if path is not None)]
 
 
 def _forward_of_unit(module: nn.Module, recipe: UnitRecipe, args: Any, kwargs: Any) -> torch.Tensor | None:
@@ -210,6 +266,7 @@ def install(module: nn.Module, recipe: BlockRecipe | UnitRecipe | NormRecipe) ->
 def remove(module: nn.Module) -> None:
     """Take it out again. Where somebody has made a further subclass of the module's class, that stays."""
     module.__dict__.pop(STATE, None)
+    decoding.drop(module)
     kind = type(module)
     if len(kind.__mro__) > 2 and kind.__mro__[1] is Optimised:
         module.__class__ = kind.__mro__[2]
