@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.strategy import settle_strategy, stay_on_cpu
 
 
 def make_accelerator(settings: TrainSettings, *, trackers: Sequence[str] = (), folder: Path | None = None) -> Any:
@@ -39,7 +40,7 @@ def make_accelerator(settings: TrainSettings, *, trackers: Sequence[str] = (), f
     try:
         accelerator = Accelerator(
             mixed_precision=settings.precision(),
-            cpu=settings.use_cpu,
+            cpu=stay_on_cpu(settings.use_cpu),
             log_with=list(trackers) or None,
             project_dir=folder if trackers else None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.ddp_find_unused_parameters)],
@@ -56,12 +57,7 @@ def make_accelerator(settings: TrainSettings, *, trackers: Sequence[str] = (), f
     # The loop weighs forwards by tokens; accelerate would divide by their number once more (`accelerate launch` can
     # set it).
     accelerator.gradient_accumulation_steps = 1
-    strategy = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if strategy not in {"NO", "MULTI_CPU", "MULTI_GPU"}:
-        raise ConfigurationError(
-            f"distributed strategy {strategy}: expected one process, or several with whole copies of the model (DDP). "
-            "Run `accelerate config` again without FSDP, DeepSpeed or Megatron."
-        )
+    settle_strategy(accelerator)
     return accelerator
 
 

@@ -9,10 +9,15 @@ from torch import Tensor, nn
 
 from hf_geglu.errors import TrainingError
 from hf_geglu.training.records import EvalRecord
+from hf_geglu.training.sharding import held, share
+from hf_geglu.training.tensor_file import Held, Source, part
 
 
 class BestModel:
-    """Keeps the trainable weights of the best evaluation on the CPU, and counts evaluations without a better one."""
+    """Keeps the trainable weights of the best evaluation on the CPU, and counts evaluations without a better one.
+
+    Of a sharded model each process keeps its own shares.
+    """
 
     def __init__(self, model: nn.Module, *, keep: bool, patience: int, threshold: float) -> None:
         """Nothing was seen yet.
@@ -32,7 +37,7 @@ class BestModel:
     def see(self, record: EvalRecord) -> None:
         """Take note of an evaluation of the model as it is now."""
         if self._note(record) and self._keep:
-            self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+            self._weights = {name: share(p).to("cpu", copy=True) for name, p in self._parameters.items()}
 
     @property
     def should_stop(self) -> bool:
@@ -42,13 +47,13 @@ class BestModel:
     def give(self) -> None:
         """Leave the best weights in the model, if any were kept."""
         for name, value in self._weights.items():
-            self._parameters[name].data.copy_(value)
+            share(self._parameters[name]).copy_(value)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Held]:
         """For a checkpoint."""
-        return dict(self._weights)
+        return {name: held(value, self._parameters[name]) for name, value in self._weights.items()}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Source]) -> None:
         """Take back `tensors()`.
 
         Raises:
@@ -59,7 +64,9 @@ class BestModel:
                 "the best weights of the checkpoint are of other parameters: expected the same model, and the same "
                 "--train. Give them as then."
             )
-        self._weights = dict(tensors)
+        self._weights = {
+            name: part(source, self._parameters[name]).to("cpu", copy=True) for name, source in tensors.items()
+        }
 
     def recall(self, records: Sequence[EvalRecord]) -> None:
         """Take note of the evaluations before a checkpoint, after `load`.

@@ -69,7 +69,7 @@ class CheckpointFolder:
         def write_state() -> None:
             if main:
                 draft.mkdir(parents=True)
-                state.write(draft, progress, self.tokenizer)
+            state.write(draft, progress, self.tokenizer, main=main)
 
         attempt(write_state)
         attempt(lambda: save_generators(draft / f"rng-{accelerator.process_index}.safetensors"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_geglu.errors import DataError
 from hf_geglu.modes import evaluating
 from hf_geglu.training.batches import MapBlocks, eval_batches
-from hf_geglu.training.head import Head, NoHead, find_head, logits_in, untouched
+from hf_geglu.training.head import Head, NoHead, find_head, logits_in
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
 
 EVAL_SEED = 20200212
@@ -51,7 +51,7 @@ def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead) -> Tensor:
     It is computed in the head or from the logits rather than by the model, because the models of Transformers divide
     by counts of their own.
     """
-    if isinstance(head, Head) and untouched(head.linear):
+    if isinstance(head, Head) and head.usable():
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return head.summed_loss(lambda: model(**inputs), batch["labels"], ignore_index=IGNORED).float()
     return _nll_of(logits_of(model, batch), batch)

@@ -38,11 +38,18 @@ class Head:
         linear: the output projection, in the model.
         scale: factor of the logits.
         softcap: bound of the logits, None without one.
+        sharded: FSDP has put its hooks around the projection since it was tried. They gather its weight for whatever
+            forward it has, so it can be led another way as before.
     """
 
     linear: nn.Linear = field(repr=False)
     scale: float = 1.0
     softcap: float | None = None
+    sharded: bool = False
+
+    def usable(self) -> bool:
+        """Nothing else was put around the projection since it was tried."""
+        return self.sharded or untouched(self.linear)
 
     def logits(self, z: Tensor) -> Tensor:
         """What the model makes of the projection's output."""
@@ -68,15 +75,15 @@ class Head:
                 reduction="sum",
             )
             losses.append(loss)
-            # The model goes on with this in place of its logits: one number a token, and part of the graph, which
-            # DDP searches for unused parameters.
-            return loss.expand(*hidden.shape[:-1], 1)
+            # The model goes on with zeros in place of its logits, one a token, that are part of the graph: DDP
+            # searches it for unused parameters.
+            return hidden.new_zeros(*hidden.shape[:-1], 1) + loss * 0.0
 
         with _instead(self.linear, loss_instead):
-            run()
+            zeros = logits_in(run())
         if len(losses) != 1:
             raise RuntimeError(f"the output projection was called {len(losses)} times in one forward, expected once")
-        return losses[0]
+        return losses[0] + zeros.float().sum()  # backward comes in by the model's output, where FSDP waits for it
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, withou
 from hf_geglu.training.generators import seed_generators
 from hf_geglu.training.head import Head, NoHead, find_head
 from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective, token_count
-from hf_geglu.training.optimizer import make_optimizer, make_scheduler
+from hf_geglu.training.optimizer import make_optimizer, make_scheduler, scale_value_updates
 from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, with_kernels
 from hf_geglu.training.progress import Progress
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.sharded_model import reshard, share_out, shares_the_model, whole_again
+from hf_geglu.training.sharding import whole
 from hf_geglu.training.state import TrainingState, fingerprint
-from hf_geglu.training.trainable import choose_trainable, value_masks
+from hf_geglu.training.trainable import choose_trainable, mask_gradients, value_masks
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +101,22 @@ def train(
         cleanup.enter_context(without_marks(model))
         cleanup.enter_context(gradient_checkpointing(model, settings))
         cast_weights(model, settings)
-        model.to(accelerator.device)
+        sharded = shares_the_model(accelerator)
+        if not sharded:  # else each layer is moved when it is shared: the whole may not fit
+            model.to(accelerator.device)
         cleanup.enter_context(with_kernels(model, settings))
         loss_of = _loss(model, settings, teacher, accelerator)
         trained = choose_trainable(model, settings.trainable)
-        cleanup.enter_context(trained.only(model))
-        optimizer = make_optimizer(model, settings, values=trained.values or _values_of(model, settings))
+        cleanup.enter_context(trained.only(model, hooks=False))
+        values = trained.values or _values_of(model, settings)
+        if sharded:  # from here on its parameters are others, and shares: what holds on to some is made later
+            cleanup.enter_context(whole_again(model))
+            share_out(model, accelerator)
+            loss_of = loss_of.of_shares()
+        optimizer = make_optimizer(model, settings, values=values)
         scheduler = make_scheduler(optimizer, settings, total_steps=total)
+        scale_value_updates(model, optimizer, settings, values)
+        masks = trained.masks(model)
         average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
         best = BestModel(
             model,
@@ -121,13 +132,15 @@ def train(
             accelerator.scaler,
             settings,
             fingerprint(train_blocks, objective),
+            shape,
             companions={"best": best} | ({} if average is None else {"average": average}),
         )
         progress = (
             Progress.start() if resume_from is None else state.restore(resume_from, int(accelerator.process_index))
         )
         best.recall(progress.evals)
-        prepared, stepper = accelerator.prepare(model, optimizer)
+        prepared = model if sharded else accelerator.prepare(model)
+        stepper = accelerator.prepare_optimizer(optimizer)
         cleanup.enter_context(in_mode(prepared, training=True))
 
         def evaluate_now(step: int) -> None:
@@ -144,6 +157,7 @@ def train(
                 )
                 progress.evals.append(EvalRecord.at(step, result))
                 best.see(progress.evals[-1])
+                reshard(model)
             if on_eval:
                 on_eval(progress.evals[-1])
 
@@ -166,7 +180,8 @@ def train(
                 loss, predicted, tokens = _accumulate(prepared, micro_batches, accelerator, loss_of)
             if not math.isfinite(loss):
                 raise _not_finite("loss", loss, step, rate, checkpoints)
-            norm = float(accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm or math.inf))
+            mask_gradients(masks)
+            norm = float(whole(accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm or math.inf)))
             # With fp16 an overflowing gradient is expected now and then: the scaler skips the step and lowers its
             # scale.
             if not math.isfinite(norm) and accelerator.scaler is None:
@@ -223,6 +238,10 @@ class _Loss:
     head: Head | NoHead
     distillation: Distillation | None
     accelerator: Any
+
+    def of_shares(self) -> _Loss:
+        """The same of the model after it was shared out."""
+        return self if isinstance(self.head, NoHead) else replace(self, head=replace(self.head, sharded=True))
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         if self.distillation is None:

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.sharding import joined, part_of, share
+from hf_geglu.training.tensor_file import Source, part
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -53,9 +55,8 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, *, values: Mapping
     Args:
         model: with what is not to be trained frozen.
         settings: learning rates, decays, moments.
-        values: masks of the value branches of packed parameters (see `trainable`). With
-            `settings.value_learning_rate` that part of their update is scaled after each step; with
-            `settings.trainable` "value" they do not decay.
+        values: masks of the value branches of packed parameters (see `trainable`). With `settings.trainable` "value"
+            they do not decay.
 
     Raises:
         TrainingError: every parameter is frozen.
@@ -69,7 +70,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, *, values: Mapping
     for name, parameter in trainable:
         decayed = decays(name, parameter) and not (settings.trainable == "value" and name in values)
         groups.setdefault((factors[name], decayed), []).append(parameter)
-    optimizer = AdamW(
+    return AdamW(
         [
             {
                 "params": parameters,
@@ -83,10 +84,6 @@ def make_optimizer(model: nn.Module, settings: TrainSettings, *, values: Mapping
         eps=settings.adam_epsilon,
         fused=_fusable(p for _, p in trainable),
     )
-    if settings.value_learning_rate is not None and settings.learning_rate:
-        ratio = settings.value_learning_rate / settings.learning_rate
-        _scale_updates(optimizer, {p: values[name] for name, p in trainable if name in values}, ratio)
-    return optimizer
 
 
 def _fusable(parameters: Iterable[nn.Parameter]) -> bool:
@@ -96,21 +93,36 @@ def _fusable(parameters: Iterable[nn.Parameter]) -> bool:
     return len(kinds) == 1 and kinds <= {"cpu", "cuda", "xpu"}
 
 
-def _scale_updates(optimizer: AdamW, masks: Mapping[nn.Parameter, Tensor], ratio: float) -> None:
-    """After each step, multiply what it changed where the masks are 1.
+def scale_value_updates(
+    model: nn.Module, optimizer: AdamW, settings: TrainSettings, values: Mapping[str, Tensor]
+) -> None:
+    """Give the value branches of packed parameters the learning rate of their own, if they have one: after each step,
+    multiply what it changed where the masks are 1.
 
     Scaling a gradient would not do it: Adam divides it out again.
+
+    Args:
+        model: as it will be trained: sharded already, if it will be.
+        optimizer: of its parameters.
+        settings: with the learning rates.
+        values: the masks, by name of the parameter.
     """
+    if settings.value_learning_rate is None or not settings.learning_rate:
+        return
+    ratio = settings.value_learning_rate / settings.learning_rate
     before: dict[nn.Parameter, Tensor] = {}
-    placed = {parameter: mask.to(parameter.device, parameter.dtype) for parameter, mask in masks.items()}
+    placed = {
+        parameter: part_of(values[name], parameter).to(share(parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name in values
+    }
 
     def remember(*_: Any) -> None:
-        before.update({parameter: parameter.detach().clone() for parameter in placed})
+        before.update({parameter: share(parameter).clone() for parameter in placed})
 
     def scale(*_: Any) -> None:
-        with torch.no_grad():
-            for parameter, mask in placed.items():
-                parameter.lerp_(before.pop(parameter), mask * (1.0 - ratio))
+        for parameter, mask in placed.items():
+            share(parameter).lerp_(before.pop(parameter), mask * (1.0 - ratio))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(scale)
@@ -150,16 +162,17 @@ def _named(model: nn.Module, optimizer: AdamW) -> Iterator[tuple[str, nn.Paramet
 
 
 def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter name:state name` -> tensor on the CPU."""
+    """The optimizer's state as `parameter name:state name` -> tensor, wherever it is."""
     return {
-        f"{name}:{key}": value.detach().cpu().contiguous()
+        f"{name}:{key}": value
         for name, parameter in _named(model, optimizer)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out. A parameter that had no state yet still has none.
+def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: Mapping[str, Source]) -> None:
+    """Put back what `optimizer_tensors` took out, or this process's share of it. A parameter that had no state yet
+    still has none.
 
     Raises:
         TrainingError: state for other parameters, or of another shape, than this model has.
@@ -174,17 +187,18 @@ def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: dict[str
         )
     state: dict[Tensor, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        name, _, part = key.rpartition(":")
+        name, _, state_name = key.rpartition(":")
         parameter = expected[name]
-        if value.ndim and value.shape != parameter.shape:
+        if value.shape and value.shape != parameter.shape:
             raise TrainingError(
                 f"optimizer state of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}: "
                 "expected the same model. Give the model, --convert, --variant and --layers that the checkpoint was "
                 "made with."
             )
         # AdamW keeps its step count on the CPU unless it is fused.
-        place = parameter.device if value.ndim or optimizer.defaults.get("fused") else torch.device("cpu")
-        state.setdefault(parameter, {})[part] = value.to(place)
+        place = parameter.device if value.shape or optimizer.defaults.get("fused") else torch.device("cpu")
+        own = part(value, parameter).to(place, copy=True)  # what is read may lie in a file that goes away
+        state.setdefault(parameter, {})[state_name] = joined(own, parameter) if value.shape else own
     optimizer.state.clear()
     optimizer.state.update(state)
 

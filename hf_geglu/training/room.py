@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_geglu.errors import OutputError
 from hf_geglu.files.folder import why_full
 from hf_geglu.training.state import TrainingState
+from hf_geglu.training.tensor_file import Held
 
 ON_DISK = 1.02
 """Beside the tensors there are names, logs, tokenizer: little, except in the smallest models."""
@@ -30,8 +31,8 @@ def checkpoint_bytes(state: TrainingState) -> int:
     return weight_bytes(state.model) + sum(map(_bytes, moments)) + sum(map(_bytes, beside))
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensor: Held) -> int:
+    return tensor.shape.numel() * tensor.dtype.itemsize
 
 
 def no_room(what: str, folder: Path, *, needed: int | None, reason: str, then: str) -> OutputError:

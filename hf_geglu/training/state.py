@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_geglu.errors import ConfigurationError, TrainingError
-from hf_geglu.training.batches import Blocks, MapBlocks
+from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks
 from hf_geglu.training.generators import load_generators
 from hf_geglu.training.objectives import Example, Objective
 from hf_geglu.training.optimizer import load_optimizer_tensors, load_scheduler_state, optimizer_tensors, scheduler_state
 from hf_geglu.training.progress import FILE, FORMAT, Progress, read_progress
 from hf_geglu.training.records import EvalRecord, StepRecord
 from hf_geglu.training.settings import TrainSettings
-from hf_geglu.training.weights import load_weights, save_weights
+from hf_geglu.training.sharding import is_shared, share
+from hf_geglu.training.tensor_file import FilesTogether, Held, Source, stored_tensors
+from hf_geglu.training.weights import load_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,10 @@ def fingerprint(blocks: Blocks, objective: Objective) -> dict[str, Any]:
 class Companion(Protocol):
     """What keeps weights of its own during a run."""
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Held]:
         """All of them, by parameter; empty for none."""
 
-    def load(self, tensors: Mapping[str, Tensor], /) -> None:
+    def load(self, tensors: Mapping[str, Source], /) -> None:
         """Go on from what `tensors` gave."""
 
 
@@ -87,7 +88,7 @@ def _checksum(example: Example) -> int:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The live objects that a checkpoint is a picture of."""
+    """The live objects that a checkpoint is a picture of. The model may be sharded between processes."""
 
     model: nn.Module
     optimizer: AdamW
@@ -95,33 +96,44 @@ class TrainingState:
     scaler: Any
     settings: TrainSettings
     data: dict[str, Any]
+    shape: BatchShape
     companions: Mapping[str, Companion] = field(default_factory=dict)
     """By the name of their file."""
 
-    def write(self, folder: Path, progress: Progress, tokenizer: Any) -> None:
+    @property
+    def sharded(self) -> bool:
+        """Whether no process has all of it."""
+        return any(is_shared(parameter) for parameter in self.model.parameters())
+
+    def write(self, folder: Path, progress: Progress, tokenizer: Any, *, main: bool = True) -> None:
         """Everything but the random generators, into an existing folder.
+
+        Every process calls it. The main one writes; where the model is sharded the others hand over their shares, one
+        tensor at a time.
 
         Raises:
             TrainingError: weights that are not finite; a checkpoint of them would be worth nothing.
         """
-        broken = [name for name, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
-        if broken:
-            raise TrainingError(
-                f"{len(broken)} parameters hold NaN or infinity after step {progress.step}, {broken[0]} first: "
-                "expected finite weights; no checkpoint of them was written. Lower --learning_rate and resume from "
-                "the checkpoint before."
-            )
-        save_weights(self.model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        save_file(optimizer_tensors(self.model, self.optimizer), folder / "optimizer.safetensors")
+        if not main and not self.sharded:
+            return
+        self._check_finite(progress.step)
+        files = FilesTogether(folder, main=main)
+        write_weights(self.model, files)
+        files.tensors("optimizer", optimizer_tensors(self.model, self.optimizer))
         for name, companion in self.companions.items():
             if tensors := companion.tensors():
-                save_file({key: value.contiguous() for key, value in tensors.items()}, _file_of(folder, name))
+                files.tensors(name, tensors)
+        files.finish()
+        if not main:
+            return
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         state = {
             "format": FORMAT,
             "step": progress.step,
             "draws": progress.draws,
+            "processes": self.shape.processes,
+            "blocks_per_step": self.shape.per_step,
             "data": self.data,
             "scheduler": scheduler_state(self.scheduler),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
@@ -130,6 +142,19 @@ class TrainingState:
             "evals": [asdict(record) for record in progress.evals],
         }
         (folder / FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def _check_finite(self, step: int) -> None:
+        parameters = dict(self.model.named_parameters())
+        flags = torch.stack([(~torch.isfinite(share(p))).any() for p in parameters.values()]).int()
+        if self.sharded:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        broken = [name for name, flag in zip(parameters, flags.tolist(), strict=True) if flag]
+        if broken:
+            raise TrainingError(
+                f"{len(broken)} parameters hold NaN or infinity after step {step}, {broken[0]} first: "
+                "expected finite weights; no checkpoint of them was written. Lower --learning_rate and resume from "
+                "the checkpoint before."
+            )
 
     def restore(self, folder: Path, process: int) -> Progress:
         """Bring the live objects to the state in `folder`; returns how far that run was.
@@ -158,13 +183,16 @@ class TrainingState:
                 f"{'; '.join(refused)} since {folder.name}: expected the same values in a resumed run. Give the old "
                 "ones, or start a new run with the checkpoint as --model_name_or_path."
             )
+        self._check_processes(saved, folder)
         if changed:
             logger.info("resuming with other settings: %s", "; ".join(changed))
         load_weights(self.model, folder)
-        load_optimizer_tensors(self.model, self.optimizer, load_file(folder / "optimizer.safetensors"))
+        with stored_tensors(folder / "optimizer.safetensors") as tensors:
+            load_optimizer_tensors(self.model, self.optimizer, tensors)
         for name, companion in self.companions.items():
             if _file_of(folder, name).exists():
-                companion.load(load_file(_file_of(folder, name)))
+                with stored_tensors(_file_of(folder, name)) as tensors:
+                    companion.load(tensors)
         load_scheduler_state(self.scheduler, saved["scheduler"])
         if self.scaler is not None and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -178,6 +206,30 @@ class TrainingState:
             draws=int(saved["draws"]),
             steps=[StepRecord(**record) for record in saved["steps"]],
             evals=[EvalRecord(**record) for record in saved["evals"]],
+        )
+
+    def _check_processes(self, saved: Mapping[str, Any], folder: Path) -> None:
+        """Another number of processes must go through the same blocks in each step.
+
+        Raises:
+            ConfigurationError: it would not.
+        """
+        before, now = saved.get("processes", self.shape.processes), self.shape.processes
+        if before == now:
+            return
+        per_step = int(saved["blocks_per_step"])
+        if per_step != self.shape.per_step:
+            per_forward, forwards = self.shape.per_forward, self.shape.forwards
+            whole, rest = divmod(per_step, now * per_forward)
+            fits = f"--gradient_accumulation_steps {whole}" if whole and not rest else "another batch size as well"
+            raise ConfigurationError(
+                f"{folder.name} was written by {before} processes that took {per_step} blocks a step; now it is {now} "
+                f"x {per_forward} x {forwards} = {self.shape.per_step}: expected as many, for the same batches. Give "
+                f"{fits}."
+            )
+        logger.info(
+            "%s was written by %d processes, %d go on: the same batches; dropout draws other numbers",
+            *(folder.name, before, now),
         )
 
 

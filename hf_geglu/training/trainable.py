@@ -20,6 +20,7 @@ from hf_geglu.errors import ConfigurationError
 from hf_geglu.sites import Site, find_sites
 from hf_geglu.sites.weights import bias_name, experts_in, is_stack, output_dim, parameters_of, weight_name
 from hf_geglu.training.adapters import MARK
+from hf_geglu.training.sharding import part_of, share
 
 Part = Literal["all", "ffn", "value", "lora"]
 
@@ -40,22 +41,45 @@ class Trainable:
     values: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
 
     @contextmanager
-    def only(self, model: nn.Module) -> Iterator[None]:
-        """Freeze everything else inside the block."""
+    def only(self, model: nn.Module, *, hooks: bool = True) -> Iterator[None]:
+        """Freeze everything else inside the block.
+
+        Args:
+            model: whose parameters they are.
+            hooks: mask the gradients of packed parameters by hooks. A model that will be sharded loses them: then
+                `masks` and `mask_gradients` do it, before each step.
+        """
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        hooks = []
+        handles = []
         try:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(before[name] and (self.names is None or name in self.names))
-                if self.part == "value" and name in self.values and parameter.requires_grad:
+                if hooks and self.part == "value" and name in self.values and parameter.requires_grad:
                     mask = _masked(self.values[name].to(parameter.device))
-                    hooks.append(parameter.register_hook(mask))  # type: ignore[no-untyped-call]
+                    handles.append(parameter.register_hook(mask))  # type: ignore[no-untyped-call]
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(before[name])
+
+    def masks(self, model: nn.Module) -> dict[nn.Parameter, Tensor]:
+        """What to multiply gradients with, or this process's share of them, so that only the value branches move."""
+        if self.part != "value":
+            return {}
+        return {
+            parameter: part_of(self.values[name], parameter).to(share(parameter))
+            for name, parameter in model.named_parameters()
+            if name in self.values and parameter.requires_grad
+        }
+
+
+def mask_gradients(masks: Mapping[nn.Parameter, Tensor]) -> None:
+    """Multiply each gradient with its mask (see `Trainable.masks`)."""
+    for parameter, mask in masks.items():
+        if parameter.grad is not None:
+            share(parameter.grad).mul_(mask)
 
 
 def choose_trainable(model: nn.Module, part: Part) -> Trainable:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_geglu.errors import TrainingError
+from hf_geglu.training.sharded_model import plain_class
+from hf_geglu.training.sharding import is_shared, share
+from hf_geglu.training.tensor_file import FilesTogether, Source, part, stored_tensors
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """The model as `save_pretrained` writes it; one that is no model of Transformers as model.safetensors."""
+def write_weights(model: nn.Module, files: FilesTogether) -> None:
+    """The model as `save_pretrained` writes it; one that is no model of Transformers as model.safetensors.
+
+    The weights of a model that is shared out are gathered and written one by one, under the names they have in memory.
+    """
     saver: Any = model
-    if hasattr(saver, "save_pretrained"):
-        saver.save_pretrained(folder)
+    shared = any(is_shared(parameter) for parameter in model.parameters())
+    known = hasattr(saver, "save_pretrained")
+    if known and not shared:
+        files.alone(saver.save_pretrained, files.folder)
         return
-    seen: dict[int, str] = {}
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if seen.setdefault(tensor.data_ptr(), name) == name or tensor.numel() == 0:  # tied weights are saved once
-            tensors[name] = tensor.detach().cpu().contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if known:  # config, generation config, code
+        files.alone(saver.save_pretrained, files.folder, state_dict={})
+    again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in again}  # tied: saved once
+    files.tensors("model", tensors)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the weights of a checkpoint into the live model.
+    """Copy the weights of a checkpoint into the live model; of a sharded one, the share of this process.
 
     Most architectures are saved under the names they have in memory. Some are renamed or split when they are saved
     (experts in Transformers 5): those are read by `from_pretrained`, which knows how.
@@ -36,25 +43,25 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         TrainingError: the checkpoint is not one of this model.
     """
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        tensors.update(load_file(file))
-    own = model.state_dict()
-    shared = tensors.keys() & own.keys()
-    at = {own[name].data_ptr() for name in shared}
-    absent = [name for name in own if name not in tensors and own[name].data_ptr() not in at]
-    if absent or len(shared) < len(tensors):
-        tensors = _load_renamed_weights(model, folder)
-    different = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
-    if different:
-        raise _other_model(folder, f"{min(different)} has another shape")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    with stored_tensors(*sorted(folder.glob("model*.safetensors"))) as stored:
+        tensors: Mapping[str, Source] = stored
+        own = model.state_dict()
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        known = tensors.keys() & own.keys()
+        at = {id(parameters[name]) for name in known & parameters.keys()}
+        absent = [name for name in own.keys() - known if id(parameters.get(name)) not in at]
+        if absent or len(known) < len(tensors):
+            tensors = _load_renamed_weights(model, folder)
+        different = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+        if different:
+            raise _other_model(folder, f"{min(different)} has another shape")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                share(own[name]).copy_(part(tensor, own[name]))
 
 
 def _load_renamed_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    kind: Any = type(model)
+    kind: Any = plain_class(model)
     config: Any = getattr(model, "config", None)
     described = folder / "config.json"
     saved_type = json.loads(described.read_text(encoding="utf-8")).get("model_type") if described.exists() else None
