@@ -20,7 +20,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from tiny_training import bert, gpt2, llama, random_blocks
+from tiny_models import tiny
+from tiny_training import VOCABULARY, bert, gpt2, llama, random_blocks
 
 import hf_geglu
 from hf_geglu.optimizing import running
@@ -40,11 +41,11 @@ SHARDING = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
+    """One training. As it stands, two processes take 8 blocks a step.
 
     Attributes:
         name: of its results.
-        model: one of MODELS.
+        model: one of MODELS or of `tiny_models`.
         forward: blocks of a forward of a process.
         forwards: of a process in a step.
         shares: share the model out (FSDP2) instead of copying it (DDP).
@@ -57,8 +58,8 @@ class Job:
 
     name: str
     model: str = "llama"
-    forward: int = 4
-    forwards: int = 1
+    forward: int = 2
+    forwards: int = 2
     shares: bool = True
     convert: bool = True
     double: bool = False
@@ -85,6 +86,11 @@ def counted() -> Iterator[dict[str, int]]:
         yield counts
 
 
+def made(name: str) -> Any:
+    """A model with the vocabulary of `random_blocks`, the same one each time."""
+    return MODELS[name]() if name in MODELS else tiny(name, vocab_size=VOCABULARY)
+
+
 def unequal_blocks() -> list[dict[str, torch.Tensor]]:
     """11 blocks of 3 to 16 tokens: forwards and processes then hold unequal numbers of tokens."""
     return [{"input_ids": block["input_ids"][: 3 + 5 * i % 14]} for i, block in enumerate(random_blocks(11))]
@@ -100,7 +106,7 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         save_steps=2 if job.save else 0,
         **how,
     )
-    model = MODELS[job.model]()
+    model = made(job.model)
     if job.convert:
         hf_geglu.convert(model)
     if job.double:
@@ -121,7 +127,7 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
                 checkpoints=CheckpointFolder(Path(job.save), keep=0) if job.save else None,
                 resume_from=Path(job.resume) if job.resume else None,
                 accelerator=accelerator,
-                teacher=MODELS[job.model]() if settings.distill else None,
+                teacher=made(job.model) if settings.distill else None,
             )
     assert type(model) is kind  # nothing of the sharding is left
     assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())

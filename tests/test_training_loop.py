@@ -28,7 +28,6 @@ from hf_geglu.training import (
     evaluate,
     train,
 )
-from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.objectives import IGNORED
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 
@@ -354,14 +353,6 @@ def test_accelerate_has_no_say_in_accumulation(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     launched = train(gpt2(), random_blocks(9), None, settings(gradient_accumulation_steps=2))
     assert untimed(launched) == untimed(plain)
-
-
-def test_strategies_that_are_not_supported_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
-
-    monkeypatch.setattr(Accelerator, "distributed_type", "FSDP")
-    with pytest.raises(ConfigurationError, match="strategy FSDP"):
-        make_accelerator(settings())
 
 
 def test_an_example_without_labels_to_learn_from_is_no_nan() -> None:

@@ -217,20 +217,30 @@ class TrainingState:
         before, now = saved.get("processes", self.shape.processes), self.shape.processes
         if before == now:
             return
-        per_step = int(saved["blocks_per_step"])
-        if per_step != self.shape.per_step:
-            per_forward, forwards = self.shape.per_forward, self.shape.forwards
-            whole, rest = divmod(per_step, now * per_forward)
-            fits = f"--gradient_accumulation_steps {whole}" if whole and not rest else "another batch size as well"
+        per_step, shape = int(saved["blocks_per_step"]), self.shape
+        if per_step != shape.per_step:
             raise ConfigurationError(
-                f"{folder.name} was written by {before} processes that took {per_step} blocks a step; now it is {now} "
-                f"x {per_forward} x {forwards} = {self.shape.per_step}: expected as many, for the same batches. Give "
-                f"{fits}."
+                f"{folder.name} was written by {_processes(before)} with {per_step} blocks a step; now it is "
+                f"{_processes(now)} x {shape.per_forward} blocks x {shape.forwards} forwards = {shape.per_step}: "
+                f"expected as many, for the same batches. {_remedy(per_step, shape)}"
             )
         logger.info(
-            "%s was written by %d processes, %d go on: the same batches; dropout draws other numbers",
-            *(folder.name, before, now),
+            "%s was written by %s, %s go on: the same batches; dropout draws other numbers",
+            *(folder.name, _processes(before), now),
         )
+
+
+def _processes(count: int) -> str:
+    return f"{count} process" if count == 1 else f"{count} processes"
+
+
+def _remedy(per_step: int, shape: BatchShape) -> str:
+    """How these processes could take so many blocks a step."""
+    own, rest = divmod(per_step, shape.processes)
+    if rest:
+        return f"Use a number of processes that divides {per_step}."
+    forward = shape.per_forward if own % shape.per_forward == 0 else own
+    return f"Give --per_device_train_batch_size {forward} --gradient_accumulation_steps {own // forward}."
 
 
 def _file_of(folder: Path, companion: str) -> Path:
