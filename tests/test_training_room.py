@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 
 from hf_geglu.errors import OutputError, TrainingError
 from hf_geglu.files.folder import why_full
-from hf_geglu.training import CheckpointFolder, TrainSettings, train
+from hf_geglu.training import CheckpointFolder, TrainSettings, generators, tensor_file, train
 from hf_geglu.training import checkpoint as room
 from hf_geglu.training.progress import FILE
 
@@ -29,16 +29,20 @@ class Disk:
 
     def __init__(self, patch: pytest.MonkeyPatch, free: int) -> None:
         self.free = free
-        from hf_geglu.training import generators, state, weights
+        patch.setattr(generators, "save_file", self._limited(generators.save_file, at=1))
+        patch.setattr(tensor_file, "_append", self._limited(tensor_file._append, at=0))
 
-        for module in (generators, state, weights):
-            patch.setattr(module, "save_file", self._save)
+    def _limited(self, write: Any, *, at: int) -> Any:
+        def limited(*args: Any, **named: Any) -> None:
+            path = args[at]
+            before = path.stat().st_size if path.exists() else 0
+            write(*args, **named)
+            self._used(path, path.stat().st_size - before)
 
-    def _save(self, tensors: Any, path: Path, metadata: Any = None) -> None:
-        from safetensors.torch import save_file
+        return limited
 
-        save_file(tensors, path, metadata=metadata)
-        self.free -= path.stat().st_size
+    def _used(self, path: Path, count: int) -> None:
+        self.free -= count
         if self.free < 0:
             os.truncate(path, max(0, path.stat().st_size + self.free))
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
