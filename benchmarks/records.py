@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def earlier(name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the record that is there, if it was made with the same settings; none otherwise."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return []
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return list(found["rows"]) if all(found.get(key) == value for key, value in settings.items()) else []
 
 
 def write(name: str, content: dict[str, Any]) -> None:

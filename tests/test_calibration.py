@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibration_inputs import data, lively
 from tiny_models import tiny
 from transformers.activations import ACT2FN
 
@@ -18,20 +19,6 @@ from hf_geglu.functional import activation
 from hf_geglu.plan import Plan
 from hf_geglu.planning import make_plan
 from hf_geglu.sites import find_sites
-
-
-def data(rows=16, tokens=24, batch=2, seed=0, **more):
-    ids = torch.randint(3, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    return CalibrationData(batches=tuple({"input_ids": part, **more} for part in ids.split(batch)))
-
-
-def lively(model):
-    """Random weights large enough that pre-activations reach where activations bend."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "embed" not in name and "wte" not in name:
-                parameter.mul_(12.0)
-    return model
 
 
 class Recorder:

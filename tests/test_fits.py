@@ -107,7 +107,8 @@ def test_what_is_added_to_the_down_projection():
         return Coefficients(
             a=128.0,
             beta=1 / 128,
-            down=torch.randn(site.d_out, site.width, generator=generator, dtype=torch.float64),
+            left=torch.randn(site.d_out, 3, generator=generator, dtype=torch.float64),
+            right=torch.randn(3, site.width, generator=generator, dtype=torch.float64),
             output=torch.randn(site.d_out, generator=generator, dtype=torch.float64),
         )
 
@@ -116,7 +117,9 @@ def test_what_is_added_to_the_down_projection():
     apply(model, plan, fits)
     for path, fit in fits.items():
         down = path.replace("fc1", "fc2")
-        assert torch.equal(model.get_parameter(f"{down}.weight"), before[f"{down}.weight"] + fit.down)
+        weight = model.get_parameter(f"{down}.weight")
+        assert torch.equal(weight, before[f"{down}.weight"] + fit.down)
+        torch.testing.assert_close(weight, before[f"{down}.weight"] + fit.left @ fit.right, rtol=0, atol=1e-12)
         assert torch.equal(model.get_parameter(f"{down}.bias"), before[f"{down}.bias"] + fit.output)
 
 

@@ -5,7 +5,6 @@ these activations were found in packages. Converted with the table's row, and ca
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hf_geglu
 from benchmarks.corpora import corpus
 from benchmarks.quality.measuring import distances, log_probabilities
-from benchmarks.records import RESULTS, write
+from benchmarks.records import earlier, write
 from hf_geglu.calibration import CalibrationData, calibrate, measure
 from hf_geglu.planning import make_plan
 
@@ -31,15 +30,9 @@ def run(*, activations: Sequence[str] = ACTIVATIONS, steps: int = 400, blocks: i
         "library": bytes_of(corpus("library").held_out, blocks),
         "prose": bytes_of(corpus("prose").held_out, blocks),
     }
-    record: dict[str, Any] = {
-        "steps": steps,
-        "block": BLOCK,
-        "blocks": blocks,
-        "width": WIDTH,
-        "layers": LAYERS,
-        "rows": [],
-    }
-    record["rows"] = [row for row in _earlier(record) if row["activation"] not in activations]
+    settings = {"steps": steps, "block": BLOCK, "blocks": blocks, "width": WIDTH, "layers": LAYERS}
+    rows = [row for row in earlier("quality_dense", settings) if row["activation"] not in activations]
+    record: dict[str, Any] = {**settings, "rows": rows}
     for activation in activations:
         model, loss = trained(activation, train, steps=steps, seed=seed)
         reference = {name: list(log_probabilities(model, each)) for name, each in held.items()}
@@ -65,16 +58,6 @@ def run(*, activations: Sequence[str] = ACTIVATIONS, steps: int = 400, blocks: i
             )
             print(f"{activation} {start}: {shown}", flush=True)
             write("quality_dense", record)
-
-
-def _earlier(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the record on disk, if it was made with the same settings."""
-    path = RESULTS / "quality_dense.json"
-    if not path.is_file():
-        return []
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    same = all(found.get(name) == value for name, value in record.items() if name != "rows")
-    return list(found["rows"]) if same else []
 
 
 def trained(activation: str, blocks_NT: torch.Tensor, *, steps: int, seed: int) -> tuple[Any, float]:

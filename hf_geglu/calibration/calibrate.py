@@ -5,25 +5,28 @@ The model is not changed. What comes out is a plan that says what was chosen and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from hf_geglu.calibration.budget import Measured, measure, within_budget
+from hf_geglu.calibration.correction import Correction, Metric, groups
 from hf_geglu.calibration.data import CalibrationData
-from hf_geglu.calibration.gather import Progress, gather
+from hf_geglu.calibration.gather import Progress, Statistic, Together, gather
 from hf_geglu.calibration.histogram import WeightedHistogram
 from hf_geglu.calibration.lines import EXACT, down_matrix, fit_site, fitted_sites
 from hf_geglu.calibration.trial import Trial, best
 from hf_geglu.choice import TABLE, CalibrationRecord, FitRecord
 from hf_geglu.conversions import Coefficients
-from hf_geglu.plan import Plan
+from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.sites import FoundSites, find_sites
+from hf_geglu.sites.weights import is_stack
 from hf_geglu.surgery import Fits
 
-PER_NEURON = "per neuron"
+PER_NEURON, CORRECTED = "per neuron", "per neuron, corrected"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,9 +59,10 @@ def calibrate(
 ) -> Calibrated:
     """Fit and choose.
 
-    Candidates for a site are its row of the table and one line a neuron, fitted with each token weighted by the Fisher
-    information of the model's output there. The one that is estimated to cost fewer nats on the held-out data is taken,
-    by the smaller error of the block's output where the model has no logits.
+    Candidates for a site are its row of the table; one line a neuron, fitted with each token weighted by the Fisher
+    information of the model's output there; and those lines with a low-rank correction of the down projection. The one
+    that is estimated to cost the fewest nats on the held-out data is taken, by the smallest error of the block's output
+    where the model has no logits.
 
     Args:
         model: in the state that the plan was made for.
@@ -68,8 +72,9 @@ def calibrate(
         max_kl: nats a token that the conversion may cost on the held-out data. The sites that cost most are left
             unconverted until it is kept, and the plan says so.
         seed: of the labels behind the gradients.
-        state: file that keeps the statistics under way, so that a killed calibration goes on.
-        progress: called after each batch of the two passes with (done, of how many).
+        state: file that keeps the statistics of the first pass, which is most of the work, so that a killed calibration
+            goes on.
+        progress: called after each batch of all passes with (done, of how many).
 
     Raises:
         DataError: too little data, or a state of another calibration.
@@ -77,42 +82,9 @@ def calibrate(
     """
     used, held = data.split()
     entries, reasons = fitted_sites(model, plan.converted)
-    total = len(used.batches) + len(held.batches)
-    tell = progress or (lambda done, of: None)
-    trials = {}
-    lines: dict[str, Coefficients] = {}
-    if entries:
-        sites = [entry.site for entry in entries]
-        seen = {entry.site.up: WeightedHistogram(entry.site, down_matrix(model, entry.site)) for entry in entries}
-        gather(
-            model,
-            used,
-            seen,
-            sites=sites,
-            gradients=True,
-            seed=seed,
-            state=state,
-            progress=lambda done, _: tell(done, total),
-        )
-        for entry in entries:
-            lines[entry.site.up] = fit_site(model, entry, seen[entry.site.up])
-            trials[entry.site.up] = Trial(
-                entry.site,
-                entry.scaling.gate,
-                {TABLE: Coefficients.of(entry.scaling), PER_NEURON: lines[entry.site.up]},
-                seen[entry.site.up].down if seen[entry.site.up].direct else None,
-            )
-        gather(
-            model,
-            held,
-            trials,
-            sites=sites,
-            gradients=True,
-            seed=seed + 1,
-            progress=lambda done, _: tell(len(used.batches) + done, total),
-        )
+    trials = _trials(model, used, held, entries, seed=seed, state=state, progress=progress) if entries else {}
     chosen = {path: _choose(trial) for path, trial in trials.items()}
-    fits: Fits = {path: lines[path] for path, record in chosen.items() if record.fitted}
+    fits: Fits = {path: trials[path].candidates[record.method] for path, record in chosen.items() if record.fitted}
     record = CalibrationRecord(
         data=data.name,
         fingerprint=data.fingerprint,
@@ -135,6 +107,70 @@ def calibrate(
         )
         notes += [note] if note else []
     return Calibrated(plan=made, fits=fits, held_out=measured, notes=tuple(notes))
+
+
+def _trials(
+    model: nn.Module,
+    used: CalibrationData,
+    held: CalibrationData,
+    entries: Sequence[SitePlan],
+    *,
+    seed: int,
+    state: Path | None,
+    progress: Progress | None,
+) -> dict[str, Trial]:
+    """All candidates of every site, fitted to `used` and measured on `held`."""
+    sites = [entry.site for entry in entries]
+    downs = {entry.site.up: down_matrix(model, entry.site) for entry in entries}
+    passes = sum(1 for _ in groups([entry for entry in entries if not is_stack(entry.site.projection)]))
+    total = len(used.batches) * (1 + passes) + len(held.batches)
+    done = 0
+
+    def run(data: CalibrationData, statistics: Mapping[str, Statistic], **settings: Any) -> None:
+        nonlocal done
+        before = done
+        watched = [site for site in sites if site.up in statistics]
+        gather(
+            model,
+            data,
+            statistics,
+            sites=watched,
+            progress=None if progress is None else lambda now, _: progress(before + now, total),
+            **settings,
+        )
+        done += len(data.batches)
+
+    histograms = {site.up: WeightedHistogram(site, downs[site.up]) for site in sites}
+    metrics = {site.up: Metric(site.d_out) for site in sites}
+    seen = {up: Together(histogram=histograms[up], metric=metrics[up]) for up in histograms}
+    run(used, seen, gradients=True, seed=seed, state=state)
+    candidates: dict[str, dict[str, Coefficients]] = {
+        entry.site.up: {
+            TABLE: Coefficients.of(entry.scaling),
+            PER_NEURON: fit_site(model, entry, histograms[entry.site.up]),
+        }
+        for entry in entries
+    }
+    corrected = [e for e in entries if not is_stack(e.site.projection) and histograms[e.site.up].direct]
+    for group in groups(corrected):
+        sums = {e.site.up: Correction(e, candidates[e.site.up][PER_NEURON], downs[e.site.up]) for e in group}
+        run(used, sums)
+        for up, found in sums.items():
+            line = found.solved(metrics[up].sum_DD)
+            if line is not None:
+                candidates[up][CORRECTED] = line
+    done = len(used.batches) * (1 + passes)
+    trials = {
+        entry.site.up: Trial(
+            entry.site,
+            entry.scaling.gate,
+            candidates[entry.site.up],
+            downs[entry.site.up] if histograms[entry.site.up].direct else None,
+        )
+        for entry in entries
+    }
+    run(held, trials, gradients=True, seed=seed + 1)
+    return trials
 
 
 def _choose(trial: Trial) -> FitRecord:

@@ -45,6 +45,29 @@ class Statistic(Protocol):
         """Put back what `tensors` gave."""
 
 
+class Together:
+    """Several statistics of one site, gathered in one pass."""
+
+    def __init__(self, **parts: Statistic) -> None:
+        self.parts = parts
+
+    def update(self, seen: Seen) -> None:
+        """Take in one batch."""
+        for part in self.parts.values():
+            part.update(seen)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of their states."""
+        return {f"{name}.{key}": tensor for name, part in self.parts.items() for key, tensor in part.tensors().items()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put them back."""
+        for name, part in self.parts.items():
+            part.load(
+                {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            )
+
+
 def gather(
     model: nn.Module,
     data: CalibrationData,

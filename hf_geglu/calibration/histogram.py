@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from hf_geglu.calibration.seen import Seen
-from hf_geglu.functional import activation
+from hf_geglu.calibration.unit import unit_now
 from hf_geglu.sites import Site
 
 BINS = 192
@@ -51,11 +51,8 @@ class WeightedHistogram:
         """Take in one batch."""
         z_TF = seen.z_TF.float()
         v_TF = None if seen.v_TF is None else seen.v_TF.float()
-        if seen.h_TF is not None and self.direct:
-            unit = activation(self.site.activation)(z_TF)
-            unit = unit if v_TF is None else unit * v_TF
-            if not _close(unit, seen.h_TF.float()):
-                self.direct.zero_()
+        if seen.h_TF is not None and self.direct and not _close(unit_now(seen), seen.h_TF.float()):
+            self.direct.zero_()
         cost_TF = self._sensitivity(seen, len(z_TF))
         if v_TF is not None:
             cost_TF = cost_TF * v_TF.square()

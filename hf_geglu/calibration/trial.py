@@ -11,8 +11,8 @@ import torch
 from transformers.activations import ACT2FN
 
 from hf_geglu.calibration.seen import Seen
+from hf_geglu.calibration.unit import unit_fitted, unit_now
 from hf_geglu.conversions import Coefficients
-from hf_geglu.functional import activation
 from hf_geglu.sites import Site
 
 
@@ -40,30 +40,25 @@ class Trial:
 
     def update(self, seen: Seen) -> None:
         """Take in one batch."""
-        z_TF = seen.z_TF.float()
-        v_TF = torch.ones_like(z_TF) if seen.v_TF is None else seen.v_TF.float()
-        before = self._answer(activation(self.site.activation)(z_TF) * v_TF, seen)
+        before = self._answer(unit_now(seen), seen)
         self.size += before.square().sum().double().cpu()
         for number, line in enumerate(self.candidates.values()):
-            a, b, alpha, beta = (_of_expert(factor, seen) for factor in (line.a, line.b, line.alpha, line.beta))
-            factor_TF = beta * v_TF if self.site.gated else alpha * z_TF + beta
-            after = self._answer(self.gate(a * z_TF + b) * factor_TF, seen, line)
+            after = self._answer(unit_fitted(seen, line, self.gate), seen, line)
             error_TD = after - before
             self.square_C[number] += error_TD.square().sum().double().cpu()
             if seen.grad_TD is not None and error_TD.shape == seen.grad_TD.shape:
                 along_T = (error_TD * seen.grad_TD.float()).sum(dim=1)
                 self.cost_C[number] += 0.5 * along_T.square().sum().double().cpu()
-        self.tokens += len(z_TF)
+        self.tokens += len(seen.z_TF)
 
     def _answer(self, unit_TF: torch.Tensor, seen: Seen, line: Coefficients | None = None) -> torch.Tensor:
         """What the block makes of its unit, without the bias that it had before."""
         if self.down is None:
             return unit_TF
         down = self.down if self.down.dim() == 2 else self.down[seen.expert or 0]
-        down = down.to(unit_TF)
-        if line is not None and line.down is not None:
-            down = down + line.down.to(down)
-        out = unit_TF @ down.T
+        out = unit_TF @ down.to(unit_TF).T
+        if line is not None and line.left is not None and line.right is not None:
+            out = out + unit_TF @ line.right.to(unit_TF).T @ line.left.to(unit_TF).T
         if line is not None and line.output is not None:
             out = out + line.output.to(out)
         return out if seen.weight_T1 is None else out * seen.weight_T1.float()
@@ -88,13 +83,6 @@ class Trial:
         """Put them back."""
         self.square_C, self.cost_C = tensors["square"].clone(), tensors["cost"].clone()
         self.size, self.tokens = tensors["size"].clone(), tensors["tokens"].clone()
-
-
-def _of_expert(factor: float | torch.Tensor, seen: Seen) -> float | torch.Tensor:
-    if not isinstance(factor, torch.Tensor):
-        return factor
-    chosen = factor[seen.expert or 0] if factor.dim() == 2 else factor
-    return chosen.to(seen.z_TF.device, torch.float32)
 
 
 def best(figures: Mapping[str, float], order: Sequence[str]) -> str:

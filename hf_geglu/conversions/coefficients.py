@@ -29,8 +29,10 @@ class Coefficients:
     b: Factor = 0.0
     alpha: Factor = 0.0
     beta: Factor = 1.0
-    down: torch.Tensor | None = None
-    """(D, F), added to the weight of the down projection: what a refit of it found."""
+    left: torch.Tensor | None = None
+    """(D, R), see `down`."""
+    right: torch.Tensor | None = None
+    """(R, F), see `down`."""
     output: torch.Tensor | None = None
     """(D,), added to the bias of the down projection: Wd d, and what a refit found."""
 
@@ -40,6 +42,21 @@ class Coefficients:
         if isinstance(line, Coefficients):
             return line
         return cls(a=line.a, alpha=line.alpha, beta=line.beta)
+
+    @property
+    def down(self) -> torch.Tensor | None:
+        """(D, F) float64, the product of `left` and `right`: added to the weight of the down projection.
+
+        Summed in a fixed order, number by number, so that every machine that replays it gets the same bits; a matrix
+        product sums in an order of its own.
+        """
+        if self.left is None or self.right is None:
+            return None
+        left_DR, right_RF = self.left.double(), self.right.double()
+        total = left_DR[:, :1] * right_RF[:1]
+        for rank in range(1, len(right_RF)):
+            total += left_DR[:, rank : rank + 1] * right_RF[rank : rank + 1]
+        return total
 
     @property
     def width(self) -> int | None:

@@ -1,4 +1,5 @@
-"""The fits of a calibrated variant: the few numbers a neuron that its plan does not hold, beside its manifest.
+"""The fits of a calibrated variant: the few numbers a neuron that its plan does not hold (and a correction of
+low rank), beside its manifest.
 
 With them a conversion is replayed bit for bit, without the data it was calibrated on. New weights of a whole block are
 not kept: they are as large as the block that was saved.
