@@ -96,6 +96,7 @@ class TrainingRecord:
         held_out_tokens: behind each row.
         control: whether the last row is the unconverted model after the same training.
         samples: what was written to prompts before and after.
+        loss: what `nll` of the ledger is: "nll", or "mse" of a regression.
     """
 
     task: str
@@ -111,6 +112,7 @@ class TrainingRecord:
     held_out_tokens: int = 0
     control: bool = False
     samples: tuple[Sample, ...] = ()
+    loss: str = "nll"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

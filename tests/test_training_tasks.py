@@ -183,7 +183,6 @@ def test_classes_and_pairs(place: Path) -> None:
     [
         ("text_classification", [{"text": "a", "label": -1}, {"text": "b", "label": 0}], (), DataError, "all numbers"),
         ("text_classification", [{"text": "a", "label": 0}, {"text": "b", "label": 7}], (), DataError, "from 0 to 1"),
-        ("text_classification", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1}], (), DataError, "Regression"),
         ("text_classification", [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], (), DataError, "one class"),
         ("text_classification", [{"text": "a", "label": "x"}, {"text": "b"}], (), DataError, "1 rows have no label"),
         ("text_classification", [{"text": "a", "n": 1}, {"text": "b", "n": 0}], (), DataError, "--label_column"),

@@ -170,11 +170,13 @@ def _measured(runs: Sequence[TrainingRecord], curves: str | None) -> list[str]:
             continue
         first = run.ledger[0].nll
         kl = any(row.kl is not None for row in run.ledger)
-        head = ("model", "perplexity", "nll (nats/token)", f"vs {run.ledger[0].name}", *["KL to original"] * kl)
+        squared = run.loss == "mse"  # of a regression, which has no perplexity
+        names = ["mse"] if squared else ["perplexity", "nll (nats/token)"]
+        head = ("model", *names, f"vs {run.ledger[0].name}", *["KL to original"] * kl)
         rows = [
             (
                 row.name,
-                f"{row.perplexity:.2f}",
+                *([] if squared else [f"{row.perplexity:.2f}"]),
                 f"{row.nll:.4f}",
                 f"{row.nll - first:+.4f}",
                 *(["" if row.kl is None else f"{row.kl:.5f}"] * kl),

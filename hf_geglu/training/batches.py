@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.objectives import IGNORED, Batch, Example, Objective
+from hf_geglu.training.objectives import Batch, Example, Objective, unpredicted
 from hf_geglu.training.settings import TrainSettings
 
 
@@ -143,5 +143,5 @@ def eval_batches(
         rows: Sequence[int] = own if len(own) else (0,)
         batch = objective.batch([blocks[i] for i in rows], positions=rows, seed=seed)
         if not len(own):
-            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+            batch["labels"] = unpredicted(batch["labels"])
         yield batch

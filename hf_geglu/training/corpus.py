@@ -184,6 +184,16 @@ def require_first_block(stream: StreamedBlocks, packing: Packing) -> None:
         )
 
 
+def require_first(stream: StreamedBlocks) -> None:
+    """Refuse a stream without an example.
+
+    Raises:
+        DataError: it has none, or the first one is no good.
+    """
+    if next(iter(stream), None) is None:
+        raise DataError("a stream without an example: expected at least one. Check the columns, or give other data.")
+
+
 def _texts(rows: Rows, *, joined: bool) -> Iterator[str | None]:
     for batch in rows.iter(batch_size=1000):
         if joined:

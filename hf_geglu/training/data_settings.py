@@ -11,6 +11,7 @@ from hf_geglu.training.flags import flag, require
 _TEXTS = ("clm", "mlm")
 _PACKED = ("clm", "mlm", "sft")
 _TOKENISED = ("clm", "mlm", "sft", "seq2seq", "text_classification", "token_classification")
+_WORDS = ("text_classification", "token_classification")
 _CLASSES = ("text_classification", "token_classification", "image_classification")
 
 
@@ -74,7 +75,13 @@ class DataSettings:
     dedup_validation: bool = flag(True, "drop validation rows that occur in the training data", off="false")
     max_train_samples: int | None = flag(None, "use only the first so many rows", unit="rows", aliases=("max_samples",))
     max_eval_samples: int | None = flag(None, "the same of the validation set", unit="rows")
-    streaming: bool = flag(False, "read the data while training; needs --max_steps", tasks=_PACKED)
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = flag(
+        None, "default: fractions say regression, lists several labels", metavar="TYPE", tasks=("text_classification",)
+    )
+    label_names: list[str] | None = flag(
+        None, "the classes in order, where the data do not say them", metavar="NAME", tasks=_WORDS
+    )
+    streaming: bool = flag(False, "read the data while training; needs --max_steps", tasks=_TOKENISED)
     block_size: int | None = flag(
         None,
         "length of a block; default: 1024, or what the model takes if less",

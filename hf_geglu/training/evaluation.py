@@ -15,7 +15,7 @@ from hf_geglu.errors import DataError
 from hf_geglu.modes import evaluating
 from hf_geglu.training.batches import MapBlocks, eval_batches
 from hf_geglu.training.head import Head, NoHead, find_head, logits_in
-from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective
+from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective, predicted
 
 EVAL_SEED = 20200212
 """Masks of an evaluation are always the same, so that evaluations can be compared (the day of arXiv:2002.05202)."""
@@ -26,7 +26,7 @@ class EvalResult:
     """What an evaluation found.
 
     Attributes:
-        nll: mean negative log-likelihood of a predicted token, in nats.
+        nll: mean negative log-likelihood of a predicted token, in nats; of a regression the mean squared error.
         perplexity: exp(nll); infinite where that overflows.
         tokens: number of predicted tokens, or of whatever else the objective predicts.
         metrics: what the objective counts besides, such as accuracy.
@@ -54,7 +54,7 @@ def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead) -> Tensor:
     if isinstance(head, Head) and head.usable():
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return head.summed_loss(lambda: model(**inputs), batch["labels"], ignore_index=IGNORED).float()
-    return _nll_of(logits_of(model, batch), batch)
+    return _loss_of(logits_of(model, batch), batch["labels"])
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -62,10 +62,15 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits_in(model(**{name: tensor for name, tensor in batch.items() if name != "labels"}))
 
 
-def _nll_of(logits: Tensor, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+def _loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    if not labels.is_floating_point():
+        return nn.functional.cross_entropy(
+            logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+    kept, told = predicted(labels), logits.float().view(labels.shape)
+    if labels.ndim == 1:
+        return nn.functional.mse_loss(told[kept], labels[kept], reduction="sum")
+    return nn.functional.binary_cross_entropy_with_logits(told[kept], labels[kept], reduction="sum")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -128,13 +133,13 @@ def evaluate(
         for batch in eval_batches(
             blocks, objective, batch_size=batch_size, seed=EVAL_SEED, processes=processes, process=process
         ):
-            tokens += int((batch["labels"] != IGNORED).sum())
+            tokens += int(predicted(batch["labels"]).sum())
             placed = to_device(batch, device)
             if metric is None:
                 sums.append(summed_nll(model, placed, head))
                 continue
             logits = logits_of(model, placed)
-            sums.append(_nll_of(logits, placed))
+            sums.append(_loss_of(logits, placed["labels"]))
             new = metric.counts(logits, placed["labels"])
             counts = counts + new if len(counts) else new
     # Summed in float64 on the CPU: some devices have no float64, and float32 loses digits over many batches.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,17 +39,32 @@ class Ragged:
         return torch.from_numpy(self.values[self.starts[index] : self.starts[index + 1]].astype(np.int64))
 
 
+@dataclass
+class Counts:
+    """What is left out or cut while examples are made.
+
+    Attributes:
+        blank: rows without text.
+        cut: texts that were too long.
+        lost: tokens, or words, beyond the limit.
+    """
+
+    blank: int = 0
+    cut: int = 0
+    lost: int = 0
+
+
 @dataclass(frozen=True)
 class Examples:
     """A table whose rows are examples; a torch Dataset as far as anyone asks.
 
     Attributes:
         rows: name -> rows of tokens.
-        numbers: name -> one number a row.
+        numbers: name -> one number a row, or a row of numbers; whole ones (int64) or fractions (float32).
     """
 
     rows: Mapping[str, Ragged]
-    numbers: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    numbers: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -58,7 +74,7 @@ class Examples:
             raise IndexError(index)
         index %= len(self)
         found = {name: rows[index] for name, rows in self.rows.items()}
-        return found | {name: torch.tensor(int(numbers[index])) for name, numbers in self.numbers.items()}
+        return found | {name: torch.tensor(numbers[index]) for name, numbers in self.numbers.items()}
 
     def largest_token(self) -> int:
         """The largest id in any row of tokens, labels aside."""
@@ -66,11 +82,12 @@ class Examples:
         return max((int(each.max()) for each in values), default=0)
 
     def sha256(self) -> str:
-        """Of all rows (int32, little-endian, and their borders as int64) and numbers (int64), by name."""
+        """Of all rows (int32, little-endian, and their borders as int64) and numbers (int64 or float32), by name."""
         digest = hashlib.sha256()
         for name in sorted(self.rows):
             digest.update(self.rows[name].values.astype("<i4").tobytes())
             digest.update(self.rows[name].starts.astype("<i8").tobytes())
         for name in sorted(self.numbers):
-            digest.update(self.numbers[name].astype("<i8").tobytes())
+            whole = self.numbers[name].dtype.kind == "i"
+            digest.update(self.numbers[name].astype("<i8" if whole else "<f4").tobytes())
         return digest.hexdigest()

@@ -52,6 +52,7 @@ def training_record(
         held_out_tokens=trained.evals[-1].tokens if trained.evals else 0,
         control=control is not None and bool(control.evals),
         samples=samples,
+        loss=trained.evals[-1].loss_name if trained.evals else "nll",
     )
 
 

@@ -172,10 +172,9 @@ class Narrator:
     def evaluation(self, record: EvalRecord) -> None:
         """Print a line."""
         told = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
-        self.say(
-            f"{self._name}  step {record.step}/{self._total}  evaluation: nll {record.nll:.4f}  perplexity "
-            f"{record.perplexity:.2f}{told}  ({record.tokens:,} predicted)"
-        )
+        if record.loss_name == "nll":
+            told = f"  nll {record.nll:.4f}  perplexity {record.perplexity:.2f}{told}"
+        self.say(f"{self._name}  step {record.step}/{self._total}  evaluation:{told}  ({record.tokens:,} predicted)")
 
 
 def clock(seconds: float) -> str:

@@ -31,7 +31,8 @@ from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
 from hf_geglu.training.generators import seed_generators
 from hf_geglu.training.head import Head, NoHead, find_head
-from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective, token_count
+from hf_geglu.training.objectives import Batch, CausalLM, Objective, token_count
+from hf_geglu.training.objectives import predicted as is_predicted
 from hf_geglu.training.optimizer import make_optimizer, make_scheduler, scale_value_updates
 from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, with_kernels
 from hf_geglu.training.progress import Progress
@@ -275,7 +276,7 @@ def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any, loss_o
     """Backward of the mean loss over all forwards and processes of a step; returns (loss, predicted, tokens)."""
     counts = torch.tensor(
         [
-            sum(int((batch["labels"] != IGNORED).sum()) for batch in batches),
+            sum(int(is_predicted(batch["labels"]).sum()) for batch in batches),
             sum(token_count(batch) for batch in batches),
         ],
         device=accelerator.device,

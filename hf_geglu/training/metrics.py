@@ -5,6 +5,7 @@ C = classes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,6 +52,55 @@ class ClassMetric:
         f1 = 2 * right / (predicted + labels).clamp(min=1)
         found = {"accuracy": float(right.sum() / labels.sum()), "f1_macro": float(f1[occurring].mean())}
         return found | ({"f1": float(f1[1])} if self.classes == 2 else {})
+
+
+@dataclass(frozen=True)
+class LabelMetric:
+    """Of several answers of yes or no an example: F1 over all of them (micro), its mean over the labels that occur in
+    labels or predictions (macro), and the share of examples with all of them right.
+
+    Attributes:
+        labels: how many.
+    """
+
+    labels: int
+
+    def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(3 C + 2,): per label right, predicted and given; examples that are right, examples."""
+        kept = ~labels.isnan().any(-1)
+        said, given = logits[kept].cpu() > 0, labels[kept].cpu() > 0.5
+        parts = [(said & given).sum(0), said.sum(0), given.sum(0)]
+        whole = torch.stack([(said == given).all(-1).sum(), kept.sum().cpu()])
+        return torch.cat([*parts, whole]).double()
+
+    def values(self, counts: Tensor) -> dict[str, float]:
+        """f1_micro, f1_macro, accuracy."""
+        right, said, given = counts[:-2].view(3, self.labels)
+        occurring = (said + given) > 0
+        f1 = 2 * right / (said + given).clamp(min=1)
+        return {
+            "f1_micro": float(2 * right.sum() / (said + given).sum().clamp(min=1)),
+            "f1_macro": float(f1[occurring].mean()) if bool(occurring.any()) else 0.0,
+            "accuracy": float(counts[-2] / counts[-1]),
+        }
+
+
+@dataclass(frozen=True)
+class NumberMetric:
+    """Mean squared error and Pearson's correlation of predicted and given numbers."""
+
+    def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(7,): how many, sums of both, of their squares, of their product, of the squared error."""
+        kept = ~labels.isnan()
+        x, y = logits.view(labels.shape)[kept].cpu().double(), labels[kept].cpu().double()
+        sums = [x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum(), ((x - y) ** 2).sum()]
+        return torch.stack([kept.sum().cpu().double(), *sums])
+
+    def values(self, counts: Tensor) -> dict[str, float]:
+        """mse, pearson (0 where either does not vary)."""
+        n, x, y, xx, yy, xy, error = counts.tolist()
+        spread = max(n * xx - x * x, 0.0) * max(n * yy - y * y, 0.0)
+        return {"mse": error / n, "pearson": (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0}
 
 
 @dataclass(frozen=True)

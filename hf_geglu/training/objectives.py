@@ -4,8 +4,9 @@
     batch = {"input_ids": (B, T), "labels": (B, T)[, "attention_mask": (B, T)]}, labels -100 where nothing is predicted
 
 Labels are aligned here, once: position t of the logits is scored against position t of the labels, for every
-objective. So the loop sums the cross entropy and counts the labels without knowing which objective it trains: a
-classifier has logits (B, C) and labels (B,), and what it is weighted by are examples.
+objective. So the loop sums the loss and counts the labels without knowing which objective it trains: a classifier has
+logits (B, C) and labels (B,), and what it is weighted by are examples. Labels that are fractions say another loss: (B,)
+the squared error of a regression, (B, C) the cross entropy of C answers of yes or no; a NaN predicts nothing there.
 
 This file has the two objectives that need nothing but tokens; those of the other tasks are in `tasks`.
 """
@@ -54,6 +55,16 @@ def token_count(batch: Mapping[str, Tensor]) -> int:
     else:
         count = batch["input_ids"].numel() if mask is None else int(mask.sum())
     return count + (int((batch["labels"] != IGNORED).sum()) if "decoder_input_ids" in batch else 0)
+
+
+def predicted(labels: Tensor) -> Tensor:
+    """Where something is predicted."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
+
+
+def unpredicted(labels: Tensor) -> Tensor:
+    """Labels of that shape and type with nothing to predict."""
+    return torch.full_like(labels, torch.nan if labels.is_floating_point() else IGNORED)
 
 
 def columns(example: Example) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_geglu.errors import ConfigurationError
 from hf_geglu.training.accelerator import check_trackers, make_accelerator
 from hf_geglu.training.batches import BatchShape, step_count
 from hf_geglu.training.corpus import Corpus
@@ -100,6 +101,11 @@ def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None =
         )
     prepared = kind.prepare(Request(settings.data, processor, config, block_size, settings.train.seed, target_size))
     objective, corpus = prepared.objective, prepared.corpus
+    if settings.train.distill and not prepared.distils:
+        raise ConfigurationError(
+            f"--distill {settings.train.distill:g} of a model whose logits are no distribution over classes: expected "
+            "a classification with one class each. Leave it out."
+        )
     sampler = None
     if kind.writes:
         sampler = sampler_for(

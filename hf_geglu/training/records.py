@@ -46,6 +46,11 @@ class EvalRecord:
     tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def loss_name(self) -> str:
+        """What the loss is: "nll", or the "mse" of a regression, which says no perplexity."""
+        return "mse" if "mse" in self.metrics else "nll"
+
     @classmethod
     def at(cls, step: int, result: EvalResult) -> EvalRecord:
         """The result of the evaluation after `step` steps."""

@@ -53,18 +53,22 @@ class RunResult:
 
     def table(self) -> str:
         """The runs side by side, for people."""
-        names = list(self.trained.final.metrics) if self.trained.final is not None else []
-        heads = ("", "first loss", "last loss", "nll at step 0", "nll at the end", "perplexity", *names, "tokens/s")
+        final = self.trained.final
+        names = [] if final is None else [name for name in final.metrics if name != final.loss_name]
+        loss = "nll" if final is None else final.loss_name
+        told = [f"{loss} at step 0", f"{loss} at the end", *["perplexity"] * (loss == "nll"), *names]
+        heads = ("", "first loss", "last loss", *told, "tokens/s")
         rows: list[tuple[str, ...]] = [heads]
         runs = [("model" if self.control is None else "converted", self.trained)]
         if self.control is not None:
             runs.append(("control", self.control))
         for name, run in runs:
             losses = [f"{run.losses[0]:.4f}", f"{run.losses[-1]:.4f}"] if run.steps else ["-", "-"]
-            evals = ["-"] * (3 + len(names))
+            evals = ["-"] * len(told)
             if run.final is not None:
                 last = run.final
-                evals = [f"{run.evals[0].nll:.4f}", f"{last.nll:.4f}", f"{last.perplexity:.2f}"]
+                evals = [f"{run.evals[0].nll:.4f}", f"{last.nll:.4f}"]
+                evals += [f"{last.perplexity:.2f}"] * (loss == "nll")
                 evals += [f"{last.metrics[metric]:.4f}" for metric in names]
             rows.append((name, *losses, *evals, f"{run.tokens_per_second:,.0f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_geglu.errors import DataError
+from hf_geglu.errors import ConfigurationError, DataError
 
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "intent", "fine_label")
 """Columns that are taken for the class, in this order."""
@@ -24,8 +24,19 @@ class Classes:
     names: tuple[str, ...]
 
     def number(self, value: Any) -> int:
-        """The class of a value of the data that `classes_of` has seen."""
-        return int(value) if isinstance(value, int) else self.names.index(str(value))
+        """The class of a value of the data.
+
+        Raises:
+            DataError: none of them, as may come out of a stream.
+        """
+        if isinstance(value, int) and 0 <= value < len(self.names):
+            return int(value)
+        if not isinstance(value, int) and str(value) in self.names:
+            return self.names.index(str(value))
+        raise DataError(
+            f"a row has the class {value!r}: expected one of {told(self.names)}, or its number from 0. Leave it out, "
+            "or give all of them with --label_names."
+        )
 
     def options(self) -> dict[str, Any]:
         """What `from_pretrained` makes a head of."""
@@ -34,6 +45,12 @@ class Classes:
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: number for number, name in enumerate(self.names)},
         }
+
+
+def told(names: Iterable[str], limit: int = 8) -> str:
+    """The first of them, for people."""
+    names = list(names)
+    return ", ".join(names[:limit]) + ", ..." * (len(names) > limit)
 
 
 def find_label_column(columns: Mapping[str, str], wanted: str | None, *, names: tuple[str, ...] = LABEL_NAMES) -> str:
@@ -54,7 +71,14 @@ def find_label_column(columns: Mapping[str, str], wanted: str | None, *, names: 
     return found
 
 
-def classes_of(values: Iterable[Any], *, known: Iterable[str] | None, config: Any, column: str) -> Classes:
+def classes_of(
+    values: Iterable[Any],
+    *,
+    known: Iterable[str] | None,
+    config: Any,
+    column: str,
+    given: Iterable[str] | None = None,
+) -> Classes:
     """The classes of a column, checked value by value.
 
     Args:
@@ -62,6 +86,7 @@ def classes_of(values: Iterable[Any], *, known: Iterable[str] | None, config: An
         known: names that the dataset states.
         config: of the model; the names of its head are kept where they are those of the data.
         column: what it is called, for messages.
+        given: names that the user states.
 
     Raises:
         DataError: rows without a class, numbers out of range, fractions, or a single class.
@@ -73,12 +98,15 @@ def classes_of(values: Iterable[Any], *, known: Iterable[str] | None, config: An
     odd = [value for value in counts if not isinstance(value, int | str)]
     if odd:
         raise DataError(
-            f"{column} holds {odd[0]!r}, a {type(odd[0]).__name__}: expected classes, as names or whole numbers. "
-            "Regression is not a task of this recipe."
+            f"{column} holds {odd[0]!r}, a {type(odd[0]).__name__}: expected classes, as names or whole numbers. Give "
+            "another column. (Fractions are for the recipe text_classification with --problem_type regression.)"
         )
+    known = given if given is not None else known
     if known is not None:
         classes = Classes(tuple(known))
         _in_range(counts, len(classes.names), column)
+        for value in counts:
+            classes.number(value)
     elif all(isinstance(value, int) for value in counts):
         classes = _numbered(counts, config, column)
     else:
@@ -86,6 +114,21 @@ def classes_of(values: Iterable[Any], *, known: Iterable[str] | None, config: An
     if len(classes.names) < 2:
         raise DataError(f"{column} holds one class, {classes.names[0]}: expected two or more. Give other data.")
     return classes
+
+
+def streamed_classes(*, known: Iterable[str] | None, config: Any, column: str, given: Iterable[str] | None) -> Classes:
+    """The classes of a stream, which cannot be read beforehand.
+
+    Raises:
+        ConfigurationError: neither the user nor the dataset nor the model says them.
+    """
+    names = tuple(given or known or head_names(config))
+    if len(names) < 2:
+        raise ConfigurationError(
+            f"--streaming, and nothing says the classes of {column}: expected to know them before the data are read. "
+            "Give --label_names."
+        )
+    return Classes(names)
 
 
 def _in_range(counts: Counter[Any], size: int, column: str) -> None:
@@ -99,7 +142,7 @@ def _in_range(counts: Counter[Any], size: int, column: str) -> None:
 
 
 def _numbered(counts: Counter[Any], config: Any, column: str) -> Classes:
-    heads = _head(config)
+    heads = head_names(config)
     if heads and max(counts) < len(heads):
         _in_range(counts, len(heads), column)
         return Classes(heads)
@@ -107,18 +150,18 @@ def _numbered(counts: Counter[Any], config: Any, column: str) -> Classes:
     if sorted(int(value) for value in counts) != list(range(size)):
         raise DataError(
             f"{column} holds {', '.join(str(int(v)) for v in sorted(counts)[:8])}{'...' * (size > 8)}: expected all "
-            f"numbers from 0 to {size - 1}. Renumber the classes, or give their names."
+            f"numbers from 0 to {size - 1}. Renumber the classes, or give their names with --label_names."
         )
     return Classes(tuple(f"LABEL_{number}" for number in range(size)))
 
 
 def _named(counts: Counter[Any], config: Any) -> Classes:
     names = {str(value) for value in counts}
-    heads = _head(config)
+    heads = head_names(config)
     return Classes(heads) if heads and names <= set(heads) else Classes(tuple(sorted(names)))
 
 
-def _head(config: Any) -> tuple[str, ...]:
+def head_names(config: Any) -> tuple[str, ...]:
     """Names that a head was trained for; those that transformers makes up are none."""
     names = tuple(str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items()))
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names

@@ -40,11 +40,13 @@ class Prepared:
         objective: makes batches.
         corpus: examples.
         model_options: for `from_pretrained`, such as the classes of a head.
+        distils: the logits say a distribution, so that those of another model can be learned from.
     """
 
     objective: Objective
     corpus: Corpus
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    distils: bool = True
 
 
 @dataclass(frozen=True)

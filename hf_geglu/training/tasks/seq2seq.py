@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.corpus import Corpus, text_columns
-from hf_geglu.training.examples import Examples, Ragged
+from hf_geglu.training.batches import Blocks
+from hf_geglu.training.corpus import Corpus, StreamedBlocks, require_first, text_columns
+from hf_geglu.training.examples import Counts, Examples, Ragged
 from hf_geglu.training.metrics import TokenAccuracy
 from hf_geglu.training.objectives import IGNORED, Batch, Example, padded
 from hf_geglu.training.rows import row_sets
@@ -89,15 +91,21 @@ def _prepare(request: Request) -> Prepared:
     start = _start(request.config)
     inputs = ("translation",) if request.data.source_lang else ("source", "target")
     sets = row_sets(request.data, lambda found: find_columns(found, request), inputs=inputs, seed=request.seed)
-    train, line = _examples(sets.train, request, "training")
-    lines = [line, *sets.lines]
+    lines: list[str] = []
     validation = None
     if sets.validation is not None:
         validation, line = _examples(sets.validation, request, "validation")
         lines.append(line)
+    train: Blocks
+    if request.data.streaming:
+        train = StreamedBlocks(lambda: _encoded(sets.train, request, Counts()))
+        require_first(train)
+        line = "training: a stream, read in its own order"
+    else:
+        train, line = _examples(sets.train, request, "training")
     objective = SequenceToSequence(int(request.processor.pad_token_id), start)
     column = " and ".join(sets.columns)
-    return Prepared(objective, Corpus(train, validation, tuple(lines), column, sets.revision))
+    return Prepared(objective, Corpus(train, validation, (line, *sets.lines, *lines), column, sets.revision))
 
 
 def _start(config: Any) -> int:
@@ -117,35 +125,39 @@ def _start(config: Any) -> int:
     return int(start)
 
 
-def _examples(rows: Rows, request: Request, what: str) -> tuple[Examples, str]:
+def _encoded(rows: Rows, request: Request, counts: Counts) -> Iterator[dict[str, Any]]:
     tokenizer, data = request.processor, request.data
-    sources: list[list[int]] = []
-    targets: list[list[int]] = []
-    cut = lost = empty = 0
+
+    def kept(row: list[int], limit: int) -> Tensor:
+        over = len(row) - limit
+        if over > 0:
+            counts.cut += 1
+            counts.lost += over
+            row = _shortened(row, limit, tokenizer)
+        return torch.tensor(row)
+
     for batch in rows.iter(batch_size=1000):
         pairs = [pair for pair in _pairs(batch, data.source_lang, data.target_lang) if all(pair)]
-        empty += len(next(iter(batch.values()))) - len(pairs)
+        counts.blank += len(next(iter(batch.values()))) - len(pairs)
         if not pairs:
             continue
         first = tokenizer([data.source_prefix + source for source, _ in pairs], verbose=False)["input_ids"]
         second = tokenizer(text_target=[target for _, target in pairs], verbose=False)["input_ids"]
-        for row, limit, kept in (
-            *((row, request.block_size, sources) for row in first),
-            *((row, request.target_size, targets) for row in second),
-        ):
-            over = len(row) - limit
-            if over > 0:
-                cut += 1
-                lost += over
-                row = _shortened(row, limit, tokenizer)
-            kept.append(row)
-    if not sources:
-        raise DataError(f"{len(rows):,} {what} rows without source and target: expected some. Check the columns.")
-    line = f"{what}: {len(sources):,} examples, {sum(map(len, sources)):,} + {sum(map(len, targets)):,} tokens"
-    line += f"; {empty:,} with an empty source or target skipped" * bool(empty)
+        for source, target in zip(first, second, strict=True):
+            yield {"input_ids": kept(source, request.block_size), "labels": kept(target, request.target_size)}
+
+
+def _examples(rows: Rows, request: Request, what: str) -> tuple[Examples, str]:
+    counts = Counts()
+    found = list(_encoded(rows, request, counts))
+    if not found:
+        raise DataError(f"{counts.blank:,} {what} rows without source and target: expected some. Check the columns.")
+    sources, targets = (Ragged.of(row[name].tolist() for row in found) for name in ("input_ids", "labels"))
+    line = f"{what}: {len(found):,} examples, {len(sources.values):,} + {len(targets.values):,} tokens"
+    line += f"; {counts.blank:,} with an empty source or target skipped" * bool(counts.blank)
     limits = f"{request.block_size} and {request.target_size}"
-    line += f"; {cut:,} texts cut short at {limits}, {lost:,} tokens dropped" * bool(cut)
-    return Examples({"input_ids": Ragged.of(sources), "labels": Ragged.of(targets)}), line
+    line += f"; {counts.cut:,} texts cut short at {limits}, {counts.lost:,} tokens dropped" * bool(counts.cut)
+    return Examples({"input_ids": sources, "labels": targets}), line
 
 
 def _shortened(row: list[int], limit: int, tokenizer: Any) -> list[int]:

@@ -1,23 +1,25 @@
-"""Sequence classification: a text, or a pair of texts, and its class. What the loss is weighted by are examples."""
+"""Sequence classification: a text, or a pair of texts, and its class, labels or number. What the loss is weighted by
+are examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from hf_geglu.errors import DataError
-from hf_geglu.training.corpus import Corpus, find_text_column, text_columns
-from hf_geglu.training.examples import Examples, Ragged
-from hf_geglu.training.metrics import ClassMetric
+from hf_geglu.training.batches import Blocks
+from hf_geglu.training.corpus import Corpus, StreamedBlocks, find_text_column, require_first, text_columns
+from hf_geglu.training.examples import Counts, Examples, Ragged
+from hf_geglu.training.metrics import ClassMetric, LabelMetric, NumberMetric
 from hf_geglu.training.objectives import Batch, Example, padded
 from hf_geglu.training.rows import row_sets
 from hf_geglu.training.sources import Rows
-from hf_geglu.training.tasks.classes import Classes, classes_of, find_label_column
+from hf_geglu.training.tasks.classes import find_label_column
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
+from hf_geglu.training.tasks.targets import OneClass, Target, target_of
 
 PAIRS = (
     *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
@@ -28,13 +30,13 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class SequenceClasses:
-    """Predict the class of an example."""
+    """Predict the class of an example, its labels or its number."""
 
     pad_token_id: int
-    metric: ClassMetric
+    metric: ClassMetric | LabelMetric | NumberMetric
 
     def batch(self, examples: Sequence[Example], *, positions: Sequence[int], seed: int) -> Batch:
-        """(B, T) tokens and (B,) labels."""
+        """(B, T) tokens and (B,) labels, or (B, C) of several labels."""
         rows = [example for example in examples if isinstance(example, Mapping)]
         ids = [row["input_ids"] for row in rows]
         batch = {"input_ids": padded(ids, self.pad_token_id), "labels": torch.stack([row["labels"] for row in rows])}
@@ -65,61 +67,83 @@ def find_columns(columns: Mapping[str, str], request: Request) -> dict[str, str]
 
 
 def _prepare(request: Request) -> Prepared:
-    sets = row_sets(
-        request.data,
-        lambda columns: find_columns(columns, request),
-        inputs=("text",),
-        seed=request.seed,
-    )
+    data = request.data
+    sets = row_sets(data, lambda columns: find_columns(columns, request), inputs=("text",), seed=request.seed)
     label = next(old for old, new in sets.columns.items() if new == "label")
     every = [sets.train, *([sets.validation] if sets.validation is not None else [])]
-    known = getattr(sets.train.features["label"], "names", None)
-    classes = classes_of(
-        (value for rows in every for value in rows["label"]), known=known, config=request.config, column=label
+    feature = (sets.train.features or {}).get("label")
+    target = target_of(
+        None if data.streaming else [value for rows in every for value in rows["label"]],
+        wanted=data.problem_type,
+        known=getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None),
+        given=data.label_names,
+        config=request.config,
+        column=label,
+        first=next((row["label"] for row in sets.train), None) if data.streaming else None,
     )
-    train, line = _examples(sets.train, request, classes, "training")
-    lines = [line, *sets.lines, f"{len(classes.names)} classes: {_told(classes)}"]
+    reader = _Reader(request, target)
+    lines: list[str] = []
     validation = None
     if sets.validation is not None:
-        validation, line = _examples(sets.validation, request, classes, "validation")
+        validation, line = reader.examples(sets.validation, "validation")
         lines.append(line)
     column = " and ".join(old for old, new in sets.columns.items() if new != "label")
-    objective = SequenceClasses(int(request.processor.pad_token_id), ClassMetric(len(classes.names)))
+    train: Blocks
+    if data.streaming:
+        train = StreamedBlocks(lambda: reader.encoded(sets.train, Counts()))
+        require_first(train)
+        line = "training: a stream, read in its own order"
+    else:
+        train, line = reader.examples(sets.train, "training")
+    lines = [line, *sets.lines, target.line, *lines]
+    objective = SequenceClasses(int(request.processor.pad_token_id), target.metric)
     corpus = Corpus(train, validation, tuple(lines), column, sets.revision)
-    return Prepared(objective, corpus, classes.options())
+    return Prepared(objective, corpus, target.options, distils=isinstance(target, OneClass))
 
 
-def _told(classes: Classes) -> str:
-    return ", ".join(classes.names[:8]) + ", ..." * (len(classes.names) > 8)
+@dataclass(frozen=True)
+class _Reader:
+    """From rows to tokens and what is to be predicted."""
 
+    request: Request
+    target: Target
 
-def _examples(rows: Rows, request: Request, classes: Classes, what: str) -> tuple[Examples, str]:
-    tokenizer: Any = request.processor
-    ids: list[list[int]] = []
-    types: list[list[int]] = []
-    labels: list[int] = []
-    cut = lost = blank = 0
-    for batch in rows.iter(batch_size=1000):
-        keep = [number for number, text in enumerate(batch["text"]) if text and not text.isspace()]
-        blank += len(batch["text"]) - len(keep)
-        if not keep:
-            continue
-        texts = [[batch[name][number] or "" for number in keep] for name in ("text", "text_pair") if name in batch]
-        whole = tokenizer(*texts, verbose=False)["input_ids"]
-        encoded = tokenizer(*texts, truncation=True, max_length=request.block_size, verbose=False)
-        for before, after in zip(whole, encoded["input_ids"], strict=True):
-            cut += len(after) < len(before)
-            lost += len(before) - len(after)
-        ids += encoded["input_ids"]
-        types += encoded.get("token_type_ids", [])
-        labels += [classes.number(batch["label"][number]) for number in keep]
-    if not ids:
-        raise DataError(f"{len(rows):,} {what} rows without text: expected some. Check --text_column.")
-    line = f"{what}: {len(ids):,} examples, {sum(map(len, ids)):,} tokens"
-    line += f"; {blank:,} without text skipped" * bool(blank)
-    line += f"; {cut:,} cut short at {request.block_size}, {lost:,} tokens dropped" * bool(cut)
-    columns = {"input_ids": Ragged.of(ids)} | ({"token_type_ids": Ragged.of(types)} if types else {})
-    return Examples(columns, {"labels": np.asarray(labels, dtype=np.int64)}), line
+    def encoded(self, rows: Rows, counts: Counts) -> Iterator[dict[str, Any]]:
+        """One example after the other."""
+        tokenizer: Any = self.request.processor
+        for batch in rows.iter(batch_size=1000):
+            keep = [number for number, text in enumerate(batch["text"]) if text and not text.isspace()]
+            counts.blank += len(batch["text"]) - len(keep)
+            if not keep:
+                continue
+            texts = [[batch[name][number] or "" for number in keep] for name in ("text", "text_pair") if name in batch]
+            whole = tokenizer(*texts, verbose=False)["input_ids"]
+            encoded = tokenizer(*texts, truncation=True, max_length=self.request.block_size, verbose=False)
+            for place, number in enumerate(keep):
+                ids = encoded["input_ids"][place]
+                counts.cut += len(ids) < len(whole[place])
+                counts.lost += len(whole[place]) - len(ids)
+                example = {"input_ids": torch.tensor(ids)}
+                if "token_type_ids" in encoded:
+                    example["token_type_ids"] = torch.tensor(encoded["token_type_ids"][place])
+                yield example | {"labels": torch.tensor(self.target.of(batch["label"][number]))}
+
+    def examples(self, rows: Rows, what: str) -> tuple[Examples, str]:
+        """All of them, in memory."""
+        counts = Counts()
+        found = list(self.encoded(rows, counts))
+        if not found:
+            raise DataError(f"{counts.blank:,} {what} rows without text: expected some. Check --text_column.")
+        ids = [example["input_ids"].tolist() for example in found]
+        line = f"{what}: {len(ids):,} examples, {sum(map(len, ids)):,} tokens"
+        line += f"; {counts.blank:,} without text skipped" * bool(counts.blank)
+        line += f"; {counts.cut:,} cut short at {self.request.block_size}, {counts.lost:,} tokens dropped" * bool(
+            counts.cut
+        )
+        columns = {"input_ids": Ragged.of(ids)}
+        if "token_type_ids" in found[0]:
+            columns["token_type_ids"] = Ragged.of(example["token_type_ids"].tolist() for example in found)
+        return Examples(columns, {"labels": torch.stack([example["labels"] for example in found]).numpy()}), line
 
 
 TEXT_CLASSIFICATION = TaskKind(

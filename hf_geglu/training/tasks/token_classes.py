@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.corpus import Corpus
-from hf_geglu.training.examples import Examples, Ragged
+from hf_geglu.training.batches import Blocks
+from hf_geglu.training.corpus import Corpus, StreamedBlocks, require_first
+from hf_geglu.training.examples import Counts, Examples, Ragged
 from hf_geglu.training.metrics import ClassMetric, EntityMetric, entity_names
 from hf_geglu.training.objectives import IGNORED, Batch, Example, columns, stacked
 from hf_geglu.training.rows import row_sets
 from hf_geglu.training.sources import Rows
-from hf_geglu.training.tasks.classes import Classes, classes_of, find_label_column
+from hf_geglu.training.tasks.classes import Classes, classes_of, find_label_column, streamed_classes, told
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 
 WORDS = ("tokens", "words", "text")
@@ -65,20 +68,28 @@ def _prepare(request: Request) -> Prepared:
     sets = row_sets(request.data, lambda found: find_columns(found, request), inputs=("words",), seed=request.seed)
     label = next(old for old, new in sets.columns.items() if new == "label")
     every = [sets.train, *([sets.validation] if sets.validation is not None else [])]
-    known = getattr(getattr(sets.train.features["label"], "feature", None), "names", None)
-    classes = classes_of(
-        (value for rows in every for row in rows["label"] for value in row or ()),
-        known=known,
-        config=request.config,
-        column=label,
-    )
-    train, line = _examples(sets.train, tokenizer, request, classes, "training")
-    lines = [line, *sets.lines, f"{len(classes.names)} classes: {', '.join(classes.names[:10])}"]
+    known = getattr(getattr((sets.train.features or {}).get("label"), "feature", None), "names", None)
+    given, streams = request.data.label_names, request.data.streaming
+    if streams:
+        classes = streamed_classes(known=known, config=request.config, column=label, given=given)
+    else:
+        values = (value for rows in every for row in rows["label"] for value in row or ())
+        classes = classes_of(values, known=known, config=request.config, column=label, given=given)
+    reader = _Reader(tokenizer, request, classes)
+    lines: list[str] = []
     validation = None
     if sets.validation is not None:
-        validation, line = _examples(sets.validation, tokenizer, request, classes, "validation")
+        validation, line = reader.examples(sets.validation, "validation")
         lines.append(line)
+    train: Blocks
+    if streams:
+        train = StreamedBlocks(lambda: reader.encoded(sets.train, "training", Counts()))
+        require_first(train)
+        line = "training: a stream, read in its own order"
+    else:
+        train, line = reader.examples(sets.train, "training")
     names = classes.names
+    lines = [line, *sets.lines, f"{len(names)} classes: {told(names, 10)}", *lines]
     metric = EntityMetric(names) if entity_names(names) else ClassMetric(len(names))
     pad = request.processor.pad_token_id
     objective = TokenClasses(0 if pad is None else int(pad), metric)
@@ -104,47 +115,63 @@ def _for_words(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _examples(rows: Rows, tokenizer: Any, request: Request, classes: Classes, what: str) -> tuple[Examples, str]:
-    ids: list[list[int]] = []
-    labels: list[list[int]] = []
-    cut = lost = empty = words = 0
-    for batch in rows.iter(batch_size=1000):
-        texts, given = [], []
-        for row, names in zip(batch["words"], batch["label"], strict=True):
-            if len(row or ()) != len(names or ()):
-                raise DataError(
-                    f"a {what} row has {len(row or ())} words and {len(names or ())} labels: expected as many. Mend it."
-                )
-            if row:
-                texts.append(row)
-                given.append([classes.number(name) for name in names])
-            else:
-                empty += 1
-        if not texts:
-            continue
-        encoded = tokenizer(
-            texts, is_split_into_words=True, truncation=True, max_length=request.block_size, verbose=False
-        )
-        for number, names in enumerate(given):
-            places = encoded.word_ids(number)
-            row_labels, before = [], None
-            for place in places:
-                first = place is not None and place != before
-                labelled = first or (request.data.label_all_tokens and place is not None)
-                row_labels.append(names[place] if labelled and place is not None else IGNORED)
-                before = place
-            kept = len({place for place in places if place is not None})
-            cut += kept < len(names)
-            lost += len(names) - kept
-            words += kept
-            ids.append(encoded["input_ids"][number])
-            labels.append(row_labels)
-    if not words:
-        raise DataError(f"{len(rows):,} {what} rows without words: expected some. Check --text_column.")
-    line = f"{what}: {len(ids):,} examples, {words:,} words, {sum(map(len, ids)):,} tokens"
-    line += f"; {empty:,} without words skipped" * bool(empty)
-    line += f"; {cut:,} cut short at {request.block_size}, {lost:,} words dropped" * bool(cut)
-    return Examples({"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}), line
+@dataclass(frozen=True)
+class _Reader:
+    """From words to tokens and labels."""
+
+    tokenizer: Any
+    request: Request
+    classes: Classes
+
+    def encoded(self, rows: Rows, what: str, counts: Counts) -> Iterator[dict[str, Any]]:
+        """One example after the other."""
+        for batch in rows.iter(batch_size=1000):
+            texts, given = [], []
+            for row, names in zip(batch["words"], batch["label"], strict=True):
+                if len(row or ()) != len(names or ()):
+                    raise DataError(
+                        f"a {what} row has {len(row or ())} words and {len(names or ())} labels: expected as many. "
+                        "Mend it."
+                    )
+                if row:
+                    texts.append(row)
+                    given.append([self.classes.number(name) for name in names])
+                else:
+                    counts.blank += 1
+            if not texts:
+                continue
+            limit = self.request.block_size
+            encoded = self.tokenizer(texts, is_split_into_words=True, truncation=True, max_length=limit, verbose=False)
+            for number, names in enumerate(given):
+                places = encoded.word_ids(number)
+                kept = len({place for place in places if place is not None})
+                counts.cut += kept < len(names)
+                counts.lost += len(names) - kept
+                labels = torch.tensor(self._labels(places, names))
+                yield {"input_ids": torch.tensor(encoded["input_ids"][number]), "labels": labels}
+
+    def _labels(self, places: Sequence[int | None], names: Sequence[int]) -> list[int]:
+        """A label for each token, given the word that it belongs to."""
+        found, before = [], None
+        for place in places:
+            labelled = place is not None and (place != before or self.request.data.label_all_tokens)
+            found.append(names[place] if labelled and place is not None else IGNORED)
+            before = place
+        return found
+
+    def examples(self, rows: Rows, what: str) -> tuple[Examples, str]:
+        """All of them, in memory."""
+        counts = Counts()
+        found = list(self.encoded(rows, what, counts))
+        if not found:
+            raise DataError(f"{counts.blank:,} {what} rows without words: expected some. Check --text_column.")
+        ids, labels = (Ragged.of(row[name].tolist() for row in found) for name in ("input_ids", "labels"))
+        predicted = int((labels.values != IGNORED).sum())
+        line = f"{what}: {len(found):,} examples, {predicted:,} labels, {len(ids.values):,} tokens"
+        line += f"; {counts.blank:,} without words skipped" * bool(counts.blank)
+        limit = self.request.block_size
+        line += f"; {counts.cut:,} cut short at {limit}, {counts.lost:,} words dropped" * bool(counts.cut)
+        return Examples({"input_ids": ids, "labels": labels}), line
 
 
 TOKEN_CLASSIFICATION = TaskKind(
