@@ -42,8 +42,8 @@ class Forge:
             text=True,
         )
 
-    def run(self, task: str, flags: Sequence[str], *, at: int = -1, process: int = 0) -> tuple[str, int]:
-        """Run; how it ended ("done", "killed" or "failed"), and how many moments the killed process (or the first) had.
+    def run(self, task: str, flags: Sequence[str], *, at: int = -1, process: int = 0) -> tuple[str, list[int]]:
+        """Run; how it ended ("done", "killed" or "failed"), and how many moments each process had.
 
         Args:
             task: name of the recipe.
@@ -55,9 +55,9 @@ class Forge:
         assert self._server.stdout is not None
         self._server.stdin.write("\t".join([str(at), str(process), task, *flags]) + "\n")
         self._server.stdin.flush()
-        word, count = self._server.stdout.readline().split()
+        word, *counts = self._server.stdout.readline().split()
         assert word != "failed", self._log.read_text()[-3000:]
-        return word, int(count)
+        return word, [int(count) for count in counts]
 
     def close(self) -> None:
         """End the process that forks."""
@@ -173,8 +173,7 @@ def _serve(processes: int, log: str) -> None:
         ends = _wait(children)
         victim = ends[int(who)]
         word = "done" if not any(ends) else "killed" if victim == -signal.SIGKILL else "failed"
-        counted = os.pread(told[int(who)], 10, 0)
-        print(word, int(counted or b"0"), flush=True)
+        print(word, *(int(os.pread(handle, 10, 0) or b"0") for handle in told), flush=True)
         for handle in told:
             os.close(handle)
 
