@@ -11,7 +11,7 @@ The same with all SwiGLU blocks turned into GeGLU, beside the unconverted model 
         --lr_scheduler_type cosine --max_steps 500 --eval_steps 100 --bf16 --output_dir out/smollm2-geglu
 
 On several GPUs (every flag stays as it is; the batch of a step grows with the number of processes):
-    accelerate launch --num_processes 8 scripts/finetune_clm.py ...
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/finetune_clm.py ...
 
 Go on after an interruption: the same command with --resume. All flags, with dashes or underscores: --help.
 Leaves in OUTPUT_DIR: the model with tokenizer and generation config, train_log.jsonl (one object a step),

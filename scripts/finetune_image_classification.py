@@ -10,7 +10,7 @@ With all FFN blocks turned into GeGLU, beside the unconverted model on the same 
         --num_train_epochs 3 --eval_steps 50 --output_dir out/vit-beans-geglu
 
 On several GPUs:
-    accelerate launch --num_processes 8 scripts/finetune_image_classification.py ...
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/finetune_image_classification.py ...
 
 Go on after an interruption: the same command with --resume. All flags, with dashes or underscores: --help; or in a
 file: --config settings.yaml. Pictures are cropped and mirrored at random while training (--augment false: not).

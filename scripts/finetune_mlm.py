@@ -12,7 +12,7 @@ The same with all FFN blocks turned into GeGLU, beside the unconverted model on 
 
 One block a document instead of packing documents end to end: --line_by_line (and --text_unit line for txt files
 with one document a line). On several GPUs:
-    accelerate launch --num_processes 8 scripts/finetune_mlm.py ...
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/finetune_mlm.py ...
 
 Go on after an interruption: the same command with --resume. All flags, with dashes or underscores: --help.
 Leaves in OUTPUT_DIR: the model with tokenizer, train_log.jsonl (one object a step), eval_log.jsonl, settings.json,

@@ -10,7 +10,7 @@ Summaries, with all FFN blocks turned into GeGLU, beside the unconverted model o
         --learning_rate 1e-4 --max_steps 500 --eval_steps 100 --output_dir out/t5-geglu
 
 Translation out of a column `translation`: --source_lang en --target_lang de. On several GPUs:
-    accelerate launch --num_processes 8 scripts/finetune_seq2seq.py ...
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/finetune_seq2seq.py ...
 
 Go on after an interruption: the same command with --resume. All flags, with dashes or underscores: --help; or in a
 file: --config settings.yaml. The loss is the mean over all tokens of the targets; evaluations also tell the share of

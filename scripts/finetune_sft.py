@@ -10,7 +10,7 @@ The same with all SwiGLU blocks turned into GeGLU, beside the unconverted model 
         --output_dir out/chat-geglu
 
 A model without a chat template: --chat_template_path template.jinja. On several GPUs:
-    accelerate launch --num_processes 8 scripts/finetune_sft.py ...
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/finetune_sft.py ...
 
 Go on after an interruption: the same command with --resume. All flags, with dashes or underscores: --help; or in a
 file: --config settings.yaml. Leaves in OUTPUT_DIR: the model with tokenizer and template, logs, settings.json,

@@ -10,7 +10,7 @@ GLUE, with all FFN blocks turned into GeGLU, beside the unconverted model on the
         --learning_rate 2e-5 --num_train_epochs 3 --eval_steps 50 --output_dir out/bert-mrpc-geglu
 
 A model without a padding token: --pad_token '<|endoftext|>'. On several GPUs:
-    accelerate launch --num_processes 8 scripts/finetune_text_classification.py ...
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/finetune_text_classification.py ...
 
 Go on after an interruption: the same command with --resume. All flags, with dashes or underscores: --help; or in a
 file: --config settings.yaml. The loss is the mean over all examples of a step; evaluations also tell accuracy and F1.

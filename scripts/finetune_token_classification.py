@@ -10,7 +10,7 @@ With all FFN blocks turned into GeGLU, beside the unconverted model on the same 
         --per_device_train_batch_size 16 --learning_rate 3e-5 --num_train_epochs 3 --output_dir out/bert-ner-geglu
 
 On several GPUs:
-    accelerate launch --num_processes 8 scripts/finetune_token_classification.py ...
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/finetune_token_classification.py ...
 
 Go on after an interruption: the same command with --resume. All flags, with dashes or underscores: --help; or in a
 file: --config settings.yaml. The loss is the mean over all words of a step; evaluations also tell precision, recall

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,13 +10,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_tasks import write_task
 from tiny_training import lines, saved_model, snapshot
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
+from accelerate import FullyShardedDataParallelPlugin
+from transformers import AutoModelForCausalLM
+
+from hf_geglu.hub.verifying import verify_variant
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+needs_fsdp2 = pytest.mark.skipif(
+    "fsdp_version" not in inspect.signature(FullyShardedDataParallelPlugin).parameters,
+    reason="this accelerate has FSDP 1 only",
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +128,73 @@ def test_a_recipe_is_launched_by_accelerate(place: Path) -> None:
     assert launched == losses(place / "d")
 
 
+def launched_by(config: str) -> list[str]:
+    return [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(SCRIPTS / "accelerate" / config),
+        "--main_process_port",
+        "0",
+    ]
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (SCRIPTS / "accelerate").iterdir()))
+def test_accelerate_reads_the_config_files(config: str) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    arguments = launch_command_parser().parse_args([*launched_by(config)[2:], "script.py"])
+    read, defaults, _ = _validate_launch_command(arguments)
+    assert (read.multi_gpu, read.use_fsdp) == ((True, False) if config.startswith("ddp") else (False, True))
+    assert read.num_processes == (2 if config.endswith("_cpu.yaml") else 8)
+    assert defaults.use_cpu == config.endswith("_cpu.yaml")
+    if read.use_fsdp and hasattr(read, "fsdp_version"):
+        assert int(read.fsdp_version) == 2
+        assert read.fsdp_cpu_ram_efficient_loading in (False, "false")
+
+
+@needs_fsdp2
+def test_a_recipe_shares_the_model_out(place: Path) -> None:
+    """What is saved is an ordinary variant, with the logits of the one that a single process has trained."""
+    flags = "--model gpt2 --train_file text.txt --block_size 16 --max_steps 3 --eval_steps 2 --save_steps 2 --convert"
+    flags += " --learning_rate 1e-2 --per_device_train_batch_size"
+    script = [str(SCRIPTS / "finetune_clm.py"), *flags.split()]
+    alone = run(place, *script, "6", "--use_cpu", "--output_dir", "whole")
+    assert alone.returncode == 0, alone.stderr
+    two = run(place, *launched_by("fsdp2_cpu.yaml"), *script, "3", "--output_dir", "shares")
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("saved in shares") == 1
+    assert losses(place / "shares") == pytest.approx(losses(place / "whole"), rel=1e-6)
+    assert {path.name for path in (place / "shares").iterdir()} == {path.name for path in (place / "whole").iterdir()}
+    model, other = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("shares", "whole"))
+    assert type(model) is type(other)
+    ids = torch.arange(6, 14)[None]
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
+    assert verify_variant(place / "shares").ok
+
+
+@pytest.mark.slow
+@needs_fsdp2
+@pytest.mark.parametrize(
+    "task", ["sft", "seq2seq", "text_classification", "token_classification", "image_classification"]
+)
+def test_each_other_recipe_shares_the_model_out(task: str, tmp_path: Path) -> None:
+    flags = [*write_task(tmp_path, task, rows=12), "--max_steps", "2", "--learning_rate", "1e-2", "--convert"]
+    script = [str(SCRIPTS / f"finetune_{task}.py"), *flags, "--per_device_train_batch_size"]
+    alone = run(tmp_path, *script, "4", "--use_cpu", "--output_dir", "whole")
+    assert alone.returncode == 0, alone.stderr
+    two = run(tmp_path, *launched_by("fsdp2_cpu.yaml"), *script, "2", "--output_dir", "shares")
+    assert two.returncode == 0, two.stderr
+    assert losses(tmp_path / "shares") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(place: Path) -> None:
     flags = "--train_file text.txt --block_size 16 --max_steps 4 --eval_steps 2 --save_steps 2 --learning_rate 1e-2"
-    flags += " --use_cpu"
-    # `accelerate launch --cpu --num_processes 2` starts a single process where there is no MPI; torchrun starts two.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = launched_by("ddp_cpu.yaml")
     for name, task in (("gpt2", "clm"), ("bert", "mlm")):
         script = [str(SCRIPTS / f"finetune_{task}.py"), "--model", name, *flags.split()]
-        alone = run(place, *script, "--per_device_train_batch_size", "6", "--output_dir", f"one-{task}")
+        alone = run(place, *script, "--use_cpu", "--per_device_train_batch_size", "6", "--output_dir", f"one-{task}")
         assert alone.returncode == 0, alone.stderr
         both = [*launch, *script, "--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "1"]
         done = run(place, *both, "--output_dir", f"two-{task}", "--save_total_limit", "0")

