@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -9,14 +10,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 from tiny_training import gpt2, llama, one_thread, random_blocks  # noqa: F401
+from torch import nn
 from torch.nn import functional
 
 from hf_geglu.errors import ConfigurationError, TrainingError
+from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.averaging import WeightAverage
 from hf_geglu.training.best import BestModel
+from hf_geglu.training.clipping import clip_gradients
 from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.objectives import CausalLM
 from hf_geglu.training.records import EvalRecord
+from hf_geglu.training.settings import TrainSettings
 
 
 def moved(model: torch.nn.Module, seed: int) -> None:
@@ -144,3 +149,22 @@ print(without.bytes, peak.bytes)
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     without, peak = map(int, result.stdout.split())
     assert 240e6 < peak - without < 600e6
+
+
+@pytest.mark.parametrize("limit", [0.5, math.inf])
+def test_gradients_are_scaled_as_torch_does_and_left_alone_below_the_limit(limit: float) -> None:
+    torch.manual_seed(0)
+    model, twin = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    for parameter, other in list(zip(model.parameters(), twin.parameters(), strict=True))[1:]:  # one has no gradient
+        parameter.grad = torch.randn_like(parameter)
+        other.grad = parameter.grad.clone()
+    versions = {name: p.grad._version for name, p in model.named_parameters() if p.grad is not None}
+    accelerator = make_accelerator(TrainSettings(max_steps=1, use_cpu=True))
+    norm = clip_gradients(model, limit, accelerator)
+    assert norm == float(torch.nn.utils.clip_grad_norm_(twin.parameters(), limit))
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert parameter.grad is other.grad is None or torch.equal(parameter.grad, other.grad)
+    touched = {
+        parameter.grad._version > versions[name] for name, parameter in model.named_parameters() if name in versions
+    }
+    assert touched == {limit == 0.5}

@@ -46,7 +46,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
-    num_items_in_batch: int | Tensor | None = None,
+    num_items_in_batch: float | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Cross entropy of ``F.linear(hidden, weight, bias)`` against `labels`, as a float32 scalar (float64 for float64).
@@ -273,26 +273,31 @@ def _chunk_rows(tokens: int, vocabulary: int, wanted: int | None) -> int:
 
 
 class _Sum:
-    """The gradient of the weight, (V, D), summed over chunks."""
+    """The gradient of the weight, (V, D), summed over chunks. The first one is written rather than added."""
 
     def __init__(self, weight: Tensor, precision: torch.dtype, chunks: int) -> None:
         self.dtype = weight.dtype
         self.precision = precision
         narrow = weight.dtype == precision == torch.bfloat16 and chunks <= CHUNKS_IN_16_BITS
-        self.sum_VD = torch.zeros_like(weight, dtype=weight.dtype if narrow else _wide(weight.dtype))
+        zero = torch.zeros_like if chunks == 0 else torch.empty_like
+        self.sum_VD = zero(weight, dtype=weight.dtype if narrow else _wide(weight.dtype))
+        self.kept = 0.0
 
     def add(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+        kept, self.kept = self.kept, 1.0
         if self.sum_VD.dtype == self.precision:
-            self.sum_VD.addmm_(grad_CV.t(), hidden_CD)
+            self.sum_VD.addmm_(grad_CV.t(), hidden_CD, beta=kept)
             return
         # A strip of the vocabulary at a time, so that the product in between stays small. A float16 product could
         # overflow (the sum of hidden states of one frequent token), so that its factors are widened first.
         strip = max(1, CACHED // max(1, hidden_CD.shape[1]))
         for sum_SD, grad_CS in zip(torch.split(self.sum_VD, strip), torch.split(grad_CV, strip, dim=1), strict=True):
             if self.precision == torch.float16:
-                sum_SD.addmm_(grad_CS.float().t(), hidden_CD.float())
-            else:
+                sum_SD.addmm_(grad_CS.float().t(), hidden_CD.float(), beta=kept)
+            elif kept:
                 sum_SD += grad_CS.t() @ hidden_CD
+            else:
+                sum_SD.copy_(grad_CS.t() @ hidden_CD)
 
     def take(self, share: Tensor | None) -> Tensor:
         if share is not None:

@@ -45,16 +45,16 @@ class EvalResult:
         return cls(nll=nll, perplexity=perplexity, tokens=tokens, metrics=dict(metrics or {}))
 
 
-def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead) -> Tensor:
-    """Sum of the negative log-likelihoods of the labels of a batch, as a float32 scalar.
+def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead, *, divisor: float = 1.0) -> Tensor:
+    """Sum of the negative log-likelihoods of the labels of a batch, divided by `divisor`, as a float32 scalar.
 
     It is computed in the head or from the logits rather than by the model, because the models of Transformers divide
     by counts of their own.
     """
     if isinstance(head, Head) and head.usable():
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return head.summed_loss(lambda: model(**inputs), batch["labels"], ignore_index=IGNORED).float()
-    return _loss_of(logits_of(model, batch), batch["labels"])
+        return head.summed_loss(lambda: model(**inputs), batch["labels"], ignore_index=IGNORED, divisor=divisor).float()
+    return _loss_of(logits_of(model, batch), batch["labels"]) / divisor
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

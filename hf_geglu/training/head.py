@@ -55,8 +55,11 @@ class Head:
         """What the model makes of the projection's output."""
         return z * self.scale if self.softcap is None else self.softcap * torch.tanh(z * (self.scale / self.softcap))
 
-    def summed_loss(self, run: Callable[[], Any], labels: Tensor, *, ignore_index: int) -> Tensor:
-        """Sum of the cross entropies of the forward that `run` does.
+    def summed_loss(self, run: Callable[[], Any], labels: Tensor, *, ignore_index: int, divisor: float = 1.0) -> Tensor:
+        """Sum of the cross entropies of the forward that `run` does, divided by `divisor`.
+
+        The division is done before gradients are rounded, and costs nothing: of the finished loss it would be another
+        pass over the gradient of the weight.
 
         Raises:
             RuntimeError: the forward did not come by the head once, with one hidden state a label.
@@ -73,6 +76,7 @@ class Head:
                 logit_scale=self.scale,
                 logit_softcap=self.softcap,
                 reduction="sum",
+                num_items_in_batch=None if divisor == 1.0 else divisor,
             )
             losses.append(loss)
             # The model goes on with zeros in place of its logits, one a token, that are part of the graph: DDP

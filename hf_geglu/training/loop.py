@@ -27,6 +27,7 @@ from hf_geglu.training.averaging import WeightAverage
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
 from hf_geglu.training.best import BestModel
 from hf_geglu.training.checkpoint import CheckpointFolder
+from hf_geglu.training.clipping import clip_gradients
 from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
 from hf_geglu.training.generators import seed_generators
@@ -39,7 +40,6 @@ from hf_geglu.training.progress import Progress
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import TrainSettings
 from hf_geglu.training.sharded_model import reshard, share_out, shares_the_model, whole_again
-from hf_geglu.training.sharding import whole
 from hf_geglu.training.state import TrainingState, fingerprint
 from hf_geglu.training.trainable import choose_trainable, mask_gradients, value_masks
 
@@ -182,7 +182,7 @@ def train(
             if not math.isfinite(loss):
                 raise _not_finite("loss", loss, step, rate, checkpoints)
             mask_gradients(masks)
-            norm = float(whole(accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm or math.inf)))
+            norm = clip_gradients(prepared, settings.max_grad_norm or math.inf, accelerator)
             # With fp16 an overflowing gradient is expected now and then: the scaler skips the step and lowers its
             # scale.
             if not math.isfinite(norm) and accelerator.scaler is None:
@@ -244,10 +244,10 @@ class _Loss:
         """The same of the model after it was shared out."""
         return self if isinstance(self.head, NoHead) else replace(self, head=replace(self.head, sharded=True))
 
-    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, *, divisor: float) -> torch.Tensor:
         if self.distillation is None:
-            return summed_nll(model, batch, self.head)
-        return self.distillation.summed(model, batch, autocast=self.accelerator.autocast())
+            return summed_nll(model, batch, self.head, divisor=divisor)
+        return self.distillation.summed(model, batch, autocast=self.accelerator.autocast()) / divisor
 
 
 def _loss(model: nn.Module, settings: TrainSettings, teacher: nn.Module | None, accelerator: Any) -> _Loss:
@@ -283,12 +283,12 @@ def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any, loss_o
     )
     predicted, tokens = (int(n) for n in accelerator.reduce(counts, reduction="sum").tolist())
     # A step without anything to predict has loss 0 and gradient 0.
-    share = accelerator.num_processes / max(predicted, 1)  # DDP takes the mean over processes; we want the sum
+    divisor = max(predicted, 1) / accelerator.num_processes  # DDP takes the mean over processes; we want the sum
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = loss_of(model, to_device(batch, accelerator.device)) * share
+            loss = loss_of(model, to_device(batch, accelerator.device), divisor=divisor)
             accelerator.backward(loss)
         total += loss.detach()
     return float(accelerator.reduce(total, reduction="mean")), predicted, tokens
