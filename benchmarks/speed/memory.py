@@ -37,14 +37,20 @@ def peak_bytes(run: Callable[[], object], *, device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return int(torch.cuda.max_memory_allocated() - before)
-    # What was freed before (weights in another type, say) would be filled again without a trace.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew
-    before = _status("VmRSS")
+    begin_high_water()
+    before = status("VmRSS")
     run()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(entry: str) -> int:
+def begin_high_water() -> None:
+    """The high-water mark of the process begins anew, and memory that was freed is given back: filled again, what was
+    freed before (weights in another type, say) would leave no trace."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status(entry: str) -> int:
+    """Bytes that /proc says of this process: VmRSS now, VmHWM at its highest."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
     return int(line.split()[1]) * 1024
