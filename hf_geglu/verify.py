@@ -118,6 +118,8 @@ def check_sites(model: nn.Module, undo: Undo) -> tuple[SiteCheck, ...]:
         if isinstance(line, NewWeights):
             checks.append(_check_replaced(model, entry.site, line))
             continue
+        if isinstance(line, Coefficients):
+            _check_down(model, entry.site, undo, line)
         check, within = _check_site(model, entry, undo, generator)
         if not within:
             promised = "exact" if entry.exact else f"within {entry.scaling.max_error:.2g}"
@@ -142,6 +144,24 @@ def _check_replaced(model: nn.Module, site: Site, new: NewWeights) -> SiteCheck:
                 "with the model's name"
             )
     return SiteCheck(path=site.up, max_abs=0.0, allowed=0.0, rms=0.0)
+
+
+def _check_down(model: nn.Module, site: Site, undo: Undo, line: Coefficients) -> None:
+    """A corrected down projection is what it was and the product of the two factors, up to rounding."""
+    if line.left is None or line.right is None:
+        return
+    name = weight_name(site.down, site.projection)
+    old, new = undo.parameters[name], model.get_parameter(name).detach()
+    assert old is not None
+    added = (line.left.double() @ line.right.double()).to(new.device)
+    added = (added.T if site.projection == "conv1d" else added).reshape(new.shape)
+    difference = (new.double() - old.detach().double() - added).abs()
+    allowed = torch.finfo(new.dtype).eps * (old.detach().double().abs() + added.abs())
+    if not bool((difference <= allowed + 1e-12 * added.abs().max()).all()):
+        raise VerificationError(
+            f"{name} differs by {difference.max():.3g} from what was fitted; the model was put back. Please report "
+            "this with the model's name"
+        )
 
 
 def _check_site(model: nn.Module, entry: SitePlan, undo: Undo, generator: torch.Generator) -> tuple[SiteCheck, bool]:

@@ -114,13 +114,18 @@ def test_what_is_added_to_the_down_projection():
 
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     plan, fits = fitted(model, line)
-    apply(model, plan, fits)
+    undo = apply(model, plan, fits)
+    check_sites(model, undo)
     for path, fit in fits.items():
         down = path.replace("fc1", "fc2")
         weight = model.get_parameter(f"{down}.weight")
         assert torch.equal(weight, before[f"{down}.weight"] + fit.down)
         torch.testing.assert_close(weight, before[f"{down}.weight"] + fit.left @ fit.right, rtol=0, atol=1e-12)
         assert torch.equal(model.get_parameter(f"{down}.bias"), before[f"{down}.bias"] + fit.output)
+    with torch.no_grad():
+        weight[0, 0] += 1e-6
+    with pytest.raises(VerificationError, match="what was fitted"):
+        check_sites(model, undo)
 
 
 @pytest.mark.parametrize("case", ["bert", "gpt2", "llama", "phi3"])

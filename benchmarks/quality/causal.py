@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -22,7 +23,13 @@ from hf_geglu.training import blocks_from_texts
 
 BLOCK = 256
 DOMAINS = ("library", "prose", "manuals")
-STARTS = TABLE, CALIBRATED, NAIVE = "table: silu(z) ~ 1.702 gelu(z/1.702)", "calibrated", "naive swap"
+STARTS = TABLE, CALIBRATED, MIXED, NAIVE = (
+    "table: silu(z) ~ 1.702 gelu(z/1.702)",
+    "calibrated",
+    "calibrated on a mix",
+    "naive swap",
+)
+MIX = ("library", "glosses", "computing")
 
 
 def run(
@@ -72,17 +79,15 @@ def run(
         measured(NAIVE, naive_swap(model, plan))
     more_held = {name: _blocks(texts[name], tokenizer, wide) for name in DOMAINS[1:]} if wide else {}
     more_reference = {name: Reference(model, each) for name, each in more_held.items()}
-    train = list(corpus("library").train)
-    for seed in range(seeds if CALIBRATED in starts else 0):
-        random.Random(seed).shuffle(train)
-        data = CalibrationData.of(train, tokenizer=tokenizer, tokens=tokens, name="Python's documentation")
+    for start, seed in [(start, seed) for start in (CALIBRATED, MIXED) if start in starts for seed in range(seeds)]:
+        data = _data(("library",) if start == CALIBRATED else MIX, tokenizer, tokens, seed)
         begin = time.process_time()
         made = calibrate(model, plan, data, seed=seed)
         seconds = time.process_time() - begin
         hf_geglu.convert(model, made.plan, fits=made.fits, verify="sites")
         chosen = [entry.fit.method for entry in made.plan.converted if entry.fit is not None]
         measured(
-            CALIBRATED,
+            start,
             model,
             seed=seed,
             cpu_seconds=round(seconds, 1),
@@ -90,12 +95,24 @@ def run(
             chosen={name: chosen.count(name) for name in sorted(set(chosen))},
             held_out=str(made.held_out),
         )
-        if seed == 0 and wide:
+        if start == CALIBRATED and seed == 0 and wide:
             figures = {name: distances(more_reference[name], model, more_held[name]) for name in more_held}
             record["wide"] = {"blocks": wide, "domains": figures}
             print({name: each["delta_nll"] for name, each in figures.items()}, flush=True)
             write("quality_causal", record)
         hf_geglu.revert(model)
+
+
+def _data(domains: Sequence[str], tokenizer: Any, tokens: int, seed: int) -> CalibrationData:
+    """Batches of the domains in turn, of documents in an order of the seed's."""
+    parts = []
+    for name in domains:
+        texts = list(corpus(name).train)
+        for earlier_seed in range(seed + 1):
+            random.Random(earlier_seed).shuffle(texts)
+        parts.append(CalibrationData.of(texts, tokenizer=tokenizer, tokens=math.ceil(tokens / len(domains))).batches)
+    batches = [batch for together in zip(*parts, strict=True) for batch in together]
+    return CalibrationData(batches=tuple(batches[: tokens // batches[0]["input_ids"].numel()]), name=", ".join(domains))
 
 
 def _blocks(texts: tuple[str, ...], tokenizer: Any, count: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ def run(*, steps: int = 200, seeds: int = 3, every: int = 50) -> None:
     marks = [0, *range(every, steps + 1, every)]
     for seed in range(seeds):
         batches = bytes_of(texts, steps * BATCH, seed=seed)
-        for start in ("control", "naive swap", "table", "annealed over half the steps", "calibrated"):
+        for start in ("control", "table", "calibrated", "annealed over half the steps", "naive swap"):
             model, anneal = _start(base, start, plan, made)
             nll = _tuned(model, batches, held, marks, anneal)
             rows.append({"start": start, "seed": seed, "steps": marks, "nll": nll})

@@ -86,7 +86,7 @@ class Correction:
         self.square_FF, self.product_FD = tensors["square"].clone(), tensors["product"].clone()
 
     def solved(self, metric_DD: torch.Tensor) -> Coefficients | None:
-        """The line with the correction; None where no token came by.
+        """The line with the correction; None where no token came by, or one that overflowed.
 
         Minimises |left over - h B|^2 + |diag(penalty)^1/2 B|^2, then keeps the `RANK` directions in which B does most,
         inputs measured in the same sum and outputs in the metric.
@@ -96,7 +96,7 @@ class Correction:
         """
         sizes_F = self.square_FF.diagonal()
         mean = float(sizes_F.mean())
-        if mean <= 0.0:
+        if not 0.0 < mean < float("inf") or not bool(torch.isfinite(self.product_FD).all()):
             return None
         root_FF = torch.linalg.cholesky(self.square_FF + torch.diag(RIDGE * (sizes_F + FLOOR * mean)))
         whitened_FD = torch.linalg.solve_triangular(root_FF, self.product_FD, upper=False)
