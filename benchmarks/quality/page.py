@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.narrow_table import causal_section as _narrow_causal
 from benchmarks.narrow_table import section as _narrow
 from benchmarks.records import RESULTS
 
@@ -159,6 +160,7 @@ PARTS: dict[str, Callable[[Record], str]] = {
     "encoder": _encoder,
     "dense": _dense,
     "narrow": _narrow,
+    "narrow_causal": _narrow_causal,
     "recovery": _recovery,
 }
 """Part -> how its record reads; a record that is not there is left out."""

@@ -158,7 +158,7 @@ def fit(
     """
     root = None if metric_DD is None else _root(metric_DD).to(settings.dtype)
     spread = ((target_TD - target_TD.mean(0)).square().sum(-1) * weights_T).mean()
-    optimizer = torch.optim.Adam(block.trained(), lr=settings.learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(block.trained(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(x_TD), generator=generator)
     at = 0

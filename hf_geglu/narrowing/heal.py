@@ -50,7 +50,8 @@ def heal(
     for block in trainable.values():
         block.to(device)
     parameters = [parameter for block in trainable.values() for parameter in block.trained()]
-    optimizer = torch.optim.Adam(parameters, lr=chosen.learning_rate, betas=(0.9, 0.99))
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(parameters, lr=chosen.learning_rate, betas=(0.9, 0.99), fused=fused)
     with evaluating(original), evaluating(student):
         for step, batch in zip(range(steps), _endless(batches, settings.seed), strict=False):
             for group in optimizer.param_groups:

@@ -93,4 +93,10 @@ def distance(
 
 def _relative(one_ND: torch.Tensor, other_ND: torch.Tensor) -> torch.Tensor:
     """Squared error in units of each token's own variance, as the next norm sees it."""
-    return ((one_ND - other_ND).square().mean(-1) / other_ND.var(-1).clamp_min(1e-12)).mean()
+    return ((one_ND - other_ND).square().mean(-1) / variance(other_ND)).mean()
+
+
+def variance(sum_ND: torch.Tensor) -> torch.Tensor:
+    """Of each token's entries, (N,), never 0. Faster than `Tensor.var` along the last dimension, by far."""
+    centred = sum_ND - sum_ND.mean(-1, keepdim=True)
+    return (centred.square().sum(-1) / (sum_ND.shape[-1] - 1)).clamp_min(1e-12)

@@ -12,6 +12,7 @@ The original is not touched: all happens on a copy.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,9 +28,10 @@ from hf_geglu.modes import evaluating
 from hf_geglu.narrowing.blocks import Block, block_of
 from hf_geglu.narrowing.heal import heal
 from hf_geglu.narrowing.objective import tokens_of
+from hf_geglu.narrowing.quick import quick
 from hf_geglu.narrowing.replay import Replay
 from hf_geglu.narrowing.settings import NarrowSettings, Stage
-from hf_geglu.narrowing.statistics import MEMORY, SiteStatistics, error_metric, gather, weights_of
+from hf_geglu.narrowing.statistics import KEPT_AS, MEMORY, SiteStatistics, error_metric, gather, weights_of
 from hf_geglu.narrowing.sums import Stop, Sum, hooked
 from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.surgery import apply
@@ -75,7 +77,7 @@ def study(
         progress: takes a line from time to time.
     """
     entries = plan.converted
-    with torch.no_grad():
+    with torch.no_grad(), quick(batches, next(model.parameters()).device):
         blocks = {entry.site.up: block_of(model, entry) for entry in entries}
         some = _first_tokens(batches, min(settings.statistics_tokens, _affordable(entries)))
         found = gather(model, entries, blocks, some, seed=settings.seed, progress=progress)
@@ -112,24 +114,28 @@ def narrow(
     Returns:
         The new weights of each site by its `up`, and the narrow copy of the model that holds them.
     """
-    with torch.no_grad():
-        starts = {
-            up: narrowed(each.block.weights, kept(studied.orders[up], width)) for up, each in studied.statistics.items()
-        }
-        student = copy.deepcopy(studied.model)
-        apply(student, plan, {up: studied.statistics[up].block.folded(start) for up, start in starts.items()})
-        for parameter in student.parameters():
-            parameter.requires_grad_(False)
-        trainable = _sequence(student, studied, starts, settings, value_branch, progress)
-    if settings.reaches("heal"):
-        reached("local", student)
-        batches = studied.all_batches
-        heal(studied.model, student, trainable, studied.statistics, batches, settings=settings, progress=progress)
-    with torch.no_grad():
-        fits = {up: _detached(studied.statistics[up].block.folded(block.weights())) for up, block in trainable.items()}
-        for up, new in fits.items():
-            write(student, studied.statistics[up].entry, new)
-        reached(settings.stage, student)
+    with quick(studied.all_batches, next(studied.model.parameters()).device):
+        with torch.no_grad():
+            starts = {
+                up: narrowed(each.block.weights, kept(studied.orders[up], width))
+                for up, each in studied.statistics.items()
+            }
+            student = copy.deepcopy(studied.model)
+            apply(student, plan, {up: studied.statistics[up].block.folded(start) for up, start in starts.items()})
+            for parameter in student.parameters():
+                parameter.requires_grad_(False)
+            trainable = _sequence(student, studied, starts, settings, value_branch, progress)
+        if settings.reaches("heal"):
+            reached("local", student)
+            batches = studied.all_batches
+            heal(studied.model, student, trainable, studied.statistics, batches, settings=settings, progress=progress)
+        with torch.no_grad():
+            fits = {
+                up: _detached(studied.statistics[up].block.folded(block.weights())) for up, block in trainable.items()
+            }
+            for up, new in fits.items():
+                write(student, studied.statistics[up].entry, new)
+            reached(settings.stage, student)
     return fits, student
 
 
@@ -161,7 +167,7 @@ def _sequence(
                 start,
                 input_covariance_DD=centred.T @ centred / len(x_ND),
                 hidden_covariance_FF=moments.second(centred=True)[0],
-                output_scale=float(torch.cat(each.sums).std(-1).mean()),
+                output_scale=float(weights_N.rsqrt().mean()),
                 learn_value=value_branch,
             )
             if settings.reaches("local"):
@@ -176,8 +182,9 @@ def _sequence(
 
 def _task(student: nn.Module, replay: Replay, each: SiteStatistics) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x, what the block should give, weights): what is missing in the narrow model's sum to be the original's."""
-    inputs: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
+    site, sums_ND = each.entry.site, torch.cat(each.sums)
+    x_ND, target_ND = sums_ND.new_empty(len(sums_ND), site.d_in, dtype=torch.float32), sums_ND.float()
+    ends = [0, *itertools.accumulate(len(batch) for batch in each.sums)]
     seen: dict[str, torch.Tensor] = {}
 
     def take_sum(tensor: torch.Tensor) -> None:
@@ -186,12 +193,12 @@ def _task(student: nn.Module, replay: Replay, each: SiteStatistics) -> tuple[tor
 
     def see(number: int) -> None:
         batch = replay.batches[number]
-        inputs.append(tokens_of(seen["x"], batch).float().cpu())
         here, own = (tokens_of(seen[name], batch).float().cpu() for name in ("sum", "out"))
-        targets.append(each.sums[number] - (here - own))
+        rows = slice(ends[number], ends[number + 1])
+        x_ND[rows] = tokens_of(seen["x"], batch)
+        target_ND[rows] -= here - own
         seen.clear()
 
-    site = each.entry.site
     own = Sum(site.down, "output")
     with (
         hooked(student, Sum(site.gate, "input"), lambda tensor: seen.__setitem__("x", tensor)),
@@ -199,7 +206,7 @@ def _task(student: nn.Module, replay: Replay, each: SiteStatistics) -> tuple[tor
         hooked(student, each.place, take_sum),
     ):
         replay.visit(site.down, see)
-    return torch.cat(inputs), torch.cat(targets), weights_of(torch.cat(each.sums))
+    return x_ND, target_ND, weights_of(sums_ND)
 
 
 def _solved(
@@ -219,7 +226,7 @@ def _detached(weights: NewWeights) -> NewWeights:
 
 def _affordable(entries: Sequence[SitePlan]) -> int:
     """Tokens whose sums fit into `MEMORY`."""
-    return MEMORY // sum(4 * entry.site.d_out for entry in entries)
+    return MEMORY // sum(KEPT_AS.itemsize * entry.site.d_out for entry in entries)
 
 
 def _first_tokens(batches: Sequence[Inputs], tokens: int) -> list[Inputs]:

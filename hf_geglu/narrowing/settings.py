@@ -5,7 +5,7 @@ Defaults were chosen on MiniLM; benchmarks/results/quality_narrow.json has the f
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hf_geglu.conversions.whitened import FitSettings
@@ -68,6 +68,10 @@ class NarrowSettings:
     def reaches(self, stage: Stage) -> bool:
         """Whether that stage is carried out."""
         return STAGES.index(stage) <= STAGES.index(self.stage)
+
+    def until(self, stage: Stage) -> NarrowSettings:
+        """The same, stopping after that stage."""
+        return replace(self, stage=stage)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""

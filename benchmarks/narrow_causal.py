@@ -1,0 +1,106 @@
+"""Causal language models with fewer neurons: how much likelihood is lost, stage by stage, beside the dense control.
+
+A dense GPT-2, trained here (`benchmarks.small_gpt2`), calibrated on a part of what it was trained on; or SmolLM2-135M,
+gated to fewer neurons, calibrated on the documentation of Python's standard library. Measured on held-out essays, and
+on Debian's manuals, which neither training here nor calibration saw.
+
+    python -m benchmarks.narrow_causal gpt2 closed heal --blocks gated dense
+    python -m benchmarks.narrow_causal smollm2 closed --widths 5/6
+
+Every run adds its rows to benchmarks/results/quality_narrow_causal.json, or replaces them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import small_gpt2
+from benchmarks.corpora import corpus
+from benchmarks.narrow_runs import BLOCKS, WIDTHS, Row, record, rows
+from benchmarks.quality.measuring import distances, log_probabilities
+from hf_geglu.demo.weights import smollm2_folder
+from hf_geglu.narrowing.settings import STAGES, HealSettings, NarrowSettings, Stage
+
+MEASURED = ("prose", "manuals")
+HELD_OUT = {"gpt2": 60, "smollm2": 24}
+"""Blocks of each domain."""
+TOKENS: dict[str, dict[Stage, int]] = {
+    "gpt2": {"closed": 60_000, "local": 60_000, "heal": 500_000},
+    "smollm2": {"closed": 16_000, "local": 16_000, "heal": 16_000},
+}
+SETTINGS = {"gpt2": NarrowSettings(heal=HealSettings()), "smollm2": NarrowSettings()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(TOKENS))
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--widths", nargs="+", default=["2/3"], choices=list(WIDTHS), help="shares [default: 2/3]")
+    parser.add_argument("--blocks", nargs="+", default=["gated"], choices=list(BLOCKS), help="dense is the control")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    name, model, train, held_out = {"gpt2": gpt2, "smollm2": smollm2}[asked.model]()
+    tokens = max(TOKENS[asked.model][stage] for stage in asked.stages)
+    block = train.shape[1]
+    size = 2048 // block
+    given: Any = [{"input_ids": part} for part in train[: tokens // block].split(size)]
+    reference = {domain: list(log_probabilities(model, each)) for domain, each in held_out.items()}
+    nll = {domain: _nll(reference[domain], each) for domain, each in held_out.items()}
+
+    def measure(student: nn.Module) -> Row:
+        found = {domain: distances(reference[domain], student, each) for domain, each in held_out.items()}
+        return {"nll": nll, "domains": found}
+
+    head = {"measured_on": MEASURED, "blocks": HELD_OUT}
+    for row in rows(
+        model,
+        given,
+        widths=asked.widths,
+        stages=asked.stages,
+        blocks=asked.blocks,
+        settings=SETTINGS[asked.model],
+        measure=measure,
+    ):
+        record("quality_narrow_causal", head, {"model": name, **row})
+
+
+def gpt2() -> tuple[str, Any, torch.Tensor, dict[str, torch.Tensor]]:
+    """Its name, the model, blocks to calibrate on and blocks to measure on."""
+    model, tokenizer = small_gpt2.trained()
+    texts = [document for domain in small_gpt2.TRAINED_ON for document in corpus(domain).train]
+    held_out = {
+        domain: small_gpt2.blocks_of(corpus(domain).held_out, tokenizer)[: HELD_OUT["gpt2"]] for domain in MEASURED
+    }
+    return "GPT-2, trained here", model, small_gpt2.blocks_of(texts, tokenizer, seed=1), held_out
+
+
+def smollm2() -> tuple[str, Any, torch.Tensor, dict[str, torch.Tensor]]:
+    """The same of SmolLM2-135M."""
+    folder = smollm2_folder(progress=print)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def blocks(texts: tuple[str, ...], count: int) -> torch.Tensor:
+        ids: list[int] = []
+        for text in texts:
+            if len(ids) >= 256 * count:
+                break
+            ids += tokenizer(text)["input_ids"]
+        return torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256)[:count]
+
+    held_out = {domain: blocks(corpus(domain).held_out, HELD_OUT["smollm2"]) for domain in MEASURED}
+    return "SmolLM2-135M", model, blocks(corpus("library").train, 64), held_out
+
+
+def _nll(reference: list[torch.Tensor], blocks_NT: torch.Tensor) -> float:
+    losses = [-each.gather(1, block[1:, None]).mean().item() for each, block in zip(reference, blocks_NT, strict=True)]
+    return sum(losses) / len(losses)
+
+
+if __name__ == "__main__":
+    main()
