@@ -24,16 +24,13 @@ from benchmarks.corpora import corpus
 from benchmarks.narrow_runs import BLOCKS, WIDTHS, Row, record, rows
 from benchmarks.quality.measuring import distances, log_probabilities
 from hf_geglu.demo.weights import smollm2_folder
-from hf_geglu.narrowing.settings import STAGES, HealSettings, NarrowSettings, Stage
+from hf_geglu.narrowing.settings import STAGES, NarrowSettings
 
 MEASURED = ("prose", "manuals")
 HELD_OUT = {"gpt2": 60, "smollm2": 24}
 """Blocks of each domain."""
-TOKENS: dict[str, dict[Stage, int]] = {
-    "gpt2": {"closed": 60_000, "local": 60_000, "heal": 500_000},
-    "smollm2": {"closed": 16_000, "local": 16_000, "heal": 16_000},
-}
-SETTINGS = {"gpt2": NarrowSettings(heal=HealSettings()), "smollm2": NarrowSettings()}
+TOKENS = {"gpt2": (60_000, 600_000), "smollm2": (16_000, 16_000)}
+"""Of calibration text, and of what healing trains on."""
 
 
 def main() -> None:
@@ -45,10 +42,11 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     name, model, train, held_out = {"gpt2": gpt2, "smollm2": smollm2}[asked.model]()
-    tokens = max(TOKENS[asked.model][stage] for stage in asked.stages)
     block = train.shape[1]
-    size = 2048 // block
-    given: Any = [{"input_ids": part} for part in train[: tokens // block].split(size)]
+    given: list[Any] = [
+        [{"input_ids": part} for part in train[: tokens // block].split(2048 // block)]
+        for tokens in TOKENS[asked.model]
+    ]
     reference = {domain: list(log_probabilities(model, each)) for domain, each in held_out.items()}
     nll = {domain: _nll(reference[domain], each) for domain, each in held_out.items()}
 
@@ -59,11 +57,11 @@ def main() -> None:
     head = {"measured_on": MEASURED, "blocks": HELD_OUT}
     for row in rows(
         model,
-        given,
+        *given,
         widths=asked.widths,
         stages=asked.stages,
         blocks=asked.blocks,
-        settings=SETTINGS[asked.model],
+        settings=NarrowSettings(),
         measure=measure,
     ):
         record("quality_narrow_causal", head, {"model": name, **row})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ KEY = ("model", "width", "stage", "value_branch", "seed")
 def rows(
     model: nn.Module,
     given: Sequence[Inputs],
+    healing: Sequence[Inputs],
     *,
     widths: Sequence[str],
     stages: Sequence[Stage],
@@ -40,7 +42,8 @@ def rows(
 
     Args:
         model: the original; not changed.
-        given: calibration data.
+        given: calibration data; neurons are chosen and blocks fitted on all of it.
+        healing: what healing trains on.
         widths: some of `WIDTHS`.
         stages: to be reached. Healing starts where the local fit ended, so it gives that row too.
         blocks: some of `BLOCKS`.
@@ -50,7 +53,9 @@ def rows(
     plans = {name: make_plan(model, width=WIDTHS[name]) for name in widths}
     smallest = min(plan.converted[0].width for plan in plans.values())
     first = time.process_time()
-    studied = study(model, plans[widths[0]], given, smallest=smallest, settings=settings, progress=said(first))
+    everything = replace(settings, statistics_tokens=CalibrationData(batches=tuple(given)).tokens)
+    studied = study(model, plans[widths[0]], given, smallest=smallest, settings=everything, progress=said(first))
+    studied = replace(studied, all_batches=healing)
     learnt = time.process_time() - first
     runs: list[Stage] = [*(["closed"] if "closed" in stages else []), *_furthest(stages)]
     for name, plan in plans.items():
@@ -67,7 +72,7 @@ def rows(
                     studied,
                     plan,
                     width=plan.converted[0].width,
-                    settings=settings.until(stage),
+                    settings=replace(settings, stage=stage),
                     value_branch=BLOCKS[block],
                     progress=said(since),
                     reached=reached,
@@ -79,7 +84,7 @@ def rows(
                         "value_branch": BLOCKS[block],
                         "seed": settings.seed,
                         "tokens": studied.tokens,
-                        "healing_tokens": _healing(given, settings) if row["stage"] == "heal" else 0,
+                        "healing_tokens": _healing(healing, settings) if row["stage"] == "heal" else 0,
                         **row,
                     }
 
@@ -103,8 +108,8 @@ def _furthest(stages: Sequence[Stage]) -> list[Stage]:
     return [max(trained, key=STAGES.index)] if trained else []
 
 
-def _healing(given: Sequence[Inputs], settings: NarrowSettings) -> int:
-    return round(settings.heal.passes * CalibrationData(batches=tuple(given)).tokens)
+def _healing(batches: Sequence[Inputs], settings: NarrowSettings) -> int:
+    return round(settings.heal.passes * CalibrationData(batches=tuple(batches)).tokens)
 
 
 def said(start: float) -> Callable[[str], None]:

@@ -116,7 +116,7 @@ class FitSettings:
         dtype: of the products; the parameters are float32 in any case.
     """
 
-    steps: int = 400
+    steps: int = 500
     batch: int = 2048
     learning_rate: float = 2e-3
     warmup: int = 20

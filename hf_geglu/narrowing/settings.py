@@ -5,7 +5,7 @@ Defaults were chosen on MiniLM; benchmarks/results/quality_narrow.json has the f
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from hf_geglu.conversions.whitened import FitSettings
@@ -28,7 +28,7 @@ class HealSettings:
     """
 
     passes: float = 1.0
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 1e-4
     warmup: int = 30
     gradient_norm: float = 1.0
     low_precision: bool = True
@@ -53,7 +53,7 @@ class NarrowSettings:
     """
 
     stage: Stage = "closed"
-    statistics_tokens: int = 60_000
+    statistics_tokens: int = 130_000
     sensitivity: float = 0.5
     fit: FitSettings = field(default_factory=FitSettings)
     heal: HealSettings = field(default_factory=HealSettings)
@@ -68,10 +68,6 @@ class NarrowSettings:
     def reaches(self, stage: Stage) -> bool:
         """Whether that stage is carried out."""
         return STAGES.index(stage) <= STAGES.index(self.stage)
-
-    def until(self, stage: Stage) -> NarrowSettings:
-        """The same, stopping after that stage."""
-        return replace(self, stage=stage)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
