@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_geglu.calibration.data import CalibrationData
-from hf_geglu.distance import cast, comparison, is_causal, outputs_of
+from hf_geglu.distance import cast, comparison, is_causal, outputs_of, squares
 from hf_geglu.errors import ConversionError, PlanError
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import Plan
@@ -59,9 +59,9 @@ def measure(model: nn.Module, plan: Plan, fits: Fits, data: CalibrationData) -> 
             finally:
                 revert(model)
         for name, tensor in before.items():
-            finite = torch.isfinite(tensor) & torch.isfinite(after[name])
-            square += float((after[name].double() - tensor.double())[finite].square().sum())
-            size += float(tensor.double()[finite].square().sum())
+            more_square, more_size = squares(tensor, after[name])
+            square += more_square
+            size += more_size
         found = comparison(before, after, dtype="", tokens=_labels(batch), causal=is_causal(model))
         if found.kl is not None and found.delta_nll is not None:
             kls.append((found.kl, found.delta_nll, found.tokens))
