@@ -60,6 +60,41 @@ def test_kernels_equal_plain_torch():
     assert result.stdout.strip() == "equal", result.stderr[-3000:]
 
 
+BESIDE_LIGER = """
+import torch, triton, triton.language as tl
+import liger_kernel.ops.geglu as liger
+from hf_geglu import ops
+
+@triton.jit
+def tanh(x):  # the interpreter knows no CUDA libraries; the rest of the kernels is Liger's own
+    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+
+liger.tanh = tanh
+gate, value, grad = [torch.randn(3, 1030, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+def run(unit, dtype):
+    leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (gate, value)]
+    answer = unit(*[1.0 * leaf for leaf in leaves])  # Liger writes gradients over its inputs
+    return [answer.detach(), *torch.autograd.grad(answer, leaves, grad.to(dtype, copy=True))]
+
+theirs = run(liger.LigerGELUMulFunction.apply, torch.float32)
+ours = run(lambda g, v: ops.glu(g, v, "gelu_pytorch_tanh", backend="triton"), torch.float32)
+exact = run(lambda g, v: torch.nn.functional.gelu(g, approximate="tanh") * v, torch.float64)
+for a, b, e in zip(ours, theirs, exact):
+    assert torch.allclose(a, b, rtol=1e-6, atol=2e-6)
+    assert (a - e).norm() <= 1.2 * (b - e).norm()
+print("equal")
+"""
+
+
+def test_kernels_equal_those_of_liger():
+    """The tanh form in float32, which is what of Liger's GEGLU the interpreter can run: its bfloat16 product cannot."""
+    pytest.importorskip("liger_kernel", reason="needs `pip install liger-kernel`")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", BESIDE_LIGER], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "equal", result.stderr[-3000:]
+
+
 def test_without_gpu_or_interpreter_the_name_is_refused():
     import torch
 

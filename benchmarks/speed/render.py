@@ -13,9 +13,10 @@ HEAD = """# Performance
 
 What a GeGLU block and a training step cost, beside plain Transformers ("eager HF") and beside the bare matrix products
 of the block. Ratios only, medians of rounds in which every side has its turn; each measurement in a process of its own,
-with the same allocator settings for all (`MALLOC_MMAP_MAX_=0`, a large `MALLOC_TRIM_THRESHOLD_`). At one thread the CPU
-time counts, at two the clock. A unit is tokens x intermediate elements. The error is that against float64 over that of
-eager HF in the same type, the largest over output and gradients: 2 would be allowed.
+with the same allocator settings for all: `MALLOC_MMAP_MAX_=0` and a large `MALLOC_TRIM_THRESHOLD_` for times, the C
+library's own for peaks. At one thread the CPU time counts, at two the clock. A unit is tokens x intermediate elements.
+The error is that against float64 over that of eager HF in the same type, the largest over output and gradients: 2 would
+be allowed.
 
 Made by `python -m benchmarks.speed` ({device}; torch {torch}, transformers {transformers}).
 """
@@ -90,7 +91,8 @@ def page(record: Mapping[str, Any]) -> str:
         peak = record["peak units"]
         parts += [
             f"Peak of one block ({peak['hidden']} x {peak['width']}, {peak['tokens']} tokens, {peak['dtype']}), units, "
-            "in a process of its own; target for tiled: 1.6.",
+            "of the second step of a process of its own, where nobody holds the answer during the backward; target for "
+            "tiled: 1.6.",
             table(["side", "peak"], list(peak["sides"].items())),
         ]
     if "steps" in record:
