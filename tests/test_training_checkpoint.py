@@ -47,6 +47,20 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert len(CheckpointFolder(tmp_path / "all").all()) == 4
 
 
+def test_a_lower_limit_makes_room_before_it_takes_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_geglu.training import checkpoint
+
+    run(gpt2(), CheckpointFolder(tmp_path, keep=0), max_steps=4, save_steps=1, lr_scheduler_type="constant")
+    (tmp_path / ".checkpoint-9.old").mkdir()  # a process was killed while it removed this
+    there: list[set[str]] = []
+    monkeypatch.setattr(
+        checkpoint, "save_generators", lambda path: there.append({p.name for p in path.parent.parent.iterdir()})
+    )
+    how = {"max_steps": 5, "save_steps": 1, "lr_scheduler_type": "constant"}
+    run(gpt2(), CheckpointFolder(tmp_path, keep=2), resume=True, **how)
+    assert there == [{"checkpoint-3", "checkpoint-4", ".checkpoint-5.draft"}]
+
+
 def test_numbers_are_sorted_as_numbers_and_drafts_are_none(tmp_path: Path) -> None:
     for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.draft", "checkpoint-best", "checkpoint-12"):
         (tmp_path / name).mkdir()

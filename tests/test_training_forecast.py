@@ -13,7 +13,9 @@ pytest.importorskip("accelerate")
 
 from hf_geglu.training import CausalLM, TrainSettings
 from hf_geglu.training import forecast as room
+from hf_geglu.training.best import BestModel
 from hf_geglu.training.forecast import Forecast, forecast
+from hf_geglu.training.records import EvalRecord
 
 
 def settings(**changed: Any) -> TrainSettings:
@@ -104,6 +106,43 @@ def test_what_does_not_fit_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "even single blocks do not" in advice
     (advice,) = look(tmp_path, max_memory=90, per_device_train_batch_size=1).advice
     assert "--gradient_checkpointing" in advice
+
+
+class Still:
+    """A memory that always holds the same."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bytes = 1000
+
+    def __enter__(self) -> Still:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_what_is_kept_beside_the_model_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "peak_memory", Still)
+    model = llama()
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    plain, kept = look(tmp_path, model), look(tmp_path, model, load_best_model_at_end=True)
+    assert (plain.peak_bytes, kept.peak_bytes) == (1000, 1000 + trained)
+    assert kept.disk_bytes == plain.disk_bytes + 3 * trained
+    assert look(tmp_path, model, ema_decay=0.9).disk_bytes == kept.disk_bytes
+    assert look(tmp_path, model, load_best_model_at_end=True, eval_blocks=None).peak_bytes == 1000
+
+
+def test_the_best_weights_are_written_over(tmp_path: Path) -> None:
+    model = llama()
+    best = BestModel(model, keep=True, patience=0, threshold=0.0)
+    places = []
+    for number, nll in enumerate((3.0, 2.0, 5.0)):
+        with torch.no_grad():
+            next(model.parameters()).fill_(float(number))
+        best.see(EvalRecord(step=number, nll=nll, perplexity=1.0, tokens=1))
+        places.append({name: tensor.data_ptr() for name, tensor in best._weights.items()})
+    assert places[0] == places[1] == places[2]
+    best.give()
+    assert float(next(model.parameters()).detach().max()) == 1.0
 
 
 def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +86,25 @@ def check(place: Path, kind: str, *, processes: int, kills: int, seed: int) -> N
         whole = left(place / "whole")
         assert [row["step"] for row in whole["train_log.jsonl"]] == list(range(1, STEPS + 1))
         assert len({row["loss"] for row in whole["train_log.jsonl"]}) == STEPS
-        killed, resume = [], []
-        while len(killed) < kills:
-            process = chance.randrange(processes)
-            at = chance.randint(1, moments[process] // 3)
-            word, _ = forge.run("clm", [*flags, "--output_dir", "out", *resume], at=at, process=process)
-            told = f"process {process} {word} at moment {at} of {moments[process]}"
-            print(f"{kind}, {processes} process(es), seed {seed}: {told}")
-            if word == "killed":
-                killed.append(at)
+        killed = 0
+        while True:
             resume = ["--resume"] if (place / "out").exists() else []
-        word, _ = forge.run("clm", [*flags, "--output_dir", "out", *resume])
-        assert word == "done"
+            process = chance.randrange(processes)
+            at = chance.randint(1, moments[process] // 3) if killed < kills else -1
+            word, _ = forge.run("clm", [*flags, "--output_dir", "out", *resume], at=at, process=process)
+            told = f"process {process} {word}" + f" at moment {at} of {moments[process]}" * (at > 0)
+            print(f"{kind}, {processes} process(es), seed {seed}: {told}")
+            killed += word == "killed"
+            if word == "done":
+                compare(whole, left(place / "out"))
+                if killed == kills:
+                    return
+                shutil.rmtree(place / "out")
     finally:
         forge.close()
-    again = left(place / "out")
+
+
+def compare(whole: dict[str, Any], again: dict[str, Any]) -> None:
     assert again.keys() == whole.keys()
     for name, content in whole.items():
         assert again[name] == content, name

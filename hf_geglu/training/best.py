@@ -37,7 +37,11 @@ class BestModel:
     def see(self, record: EvalRecord) -> None:
         """Take note of an evaluation of the model as it is now."""
         if self._note(record) and self._keep:
-            self._weights = {name: share(p).to("cpu", copy=True) for name, p in self._parameters.items()}
+            for name, parameter in self._parameters.items():  # in place: never two sets of weights at once
+                if name in self._weights:
+                    self._weights[name].copy_(share(parameter))
+                else:
+                    self._weights[name] = share(parameter).to("cpu", copy=True)
 
     @property
     def should_stop(self) -> bool:

@@ -75,15 +75,19 @@ class CheckpointFolder:
         attempt(lambda: save_generators(draft / f"rng-{accelerator.process_index}.safetensors"))
         if main:
             move_into_place(draft, target)
-            for old in self.all()[: -self.keep] if self.keep else []:
-                if old != target:
-                    _remove(old)
+            self._thin_out(spared=target)
         accelerator.wait_for_everyone()
 
     def _tidy(self) -> None:
-        """Remove what a killed process was writing or removing."""
+        """Remove what a killed process was writing or removing, and what a resumed run is to keep no longer."""
         for path in self.folder.glob(".checkpoint-*"):
             shutil.rmtree(path)
+        self._thin_out()
+
+    def _thin_out(self, spared: Path | None = None) -> None:
+        for old in self.all()[: -self.keep] if self.keep else []:
+            if old != spared:
+                _remove(old)
 
 
 def _about_kept(kept: Path | None) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,9 +81,11 @@ def forecast_run(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | N
     Raises:
         HfGegluError: as `finetune` would.
     """
-    outset, model = set_out(settings, task, convert_fn=convert_fn)
+    device = torch.device("cuda" if torch.cuda.is_available() and not settings.train.use_cpu else "cpu")
+    with peak_memory(device) as opening:
+        outset, model = set_out(settings, task, convert_fn=convert_fn)
     with adapted(model, settings.train):
-        return forecast(
+        found = forecast(
             model,
             outset.corpus.train,
             outset.corpus.validation,
@@ -94,6 +97,7 @@ def forecast_run(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | N
             max_memory=_bytes(settings.output.max_memory),
             teacher=outset.teacher,
         )
+    return dataclasses.replace(found, peak_bytes=max(found.peak_bytes, opening.bytes))  # a conversion may take more
 
 
 def _bytes(text: str | None) -> int | None:
@@ -139,7 +143,8 @@ def forecast(
     """
     part = choose_trainable(model, settings.trainable)
     with part.only(model):
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        parts = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained, trained_bytes = sum(each.numel() for each in parts), sum(each.nbytes for each in parts)
     short = dataclasses.replace(
         settings,
         max_steps=1,
@@ -169,6 +174,10 @@ def forecast(
         evaluation = _evaluation_seconds(model, few, eval_blocks, settings, objective, total_steps)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     checkpoint = weights + 8 * trained  # two moments in float32
+    keeps_best = settings.load_best_model_at_end and eval_blocks is not None
+    # the best weights are kept on the CPU
+    beside = trained_bytes if keeps_best and device.type == "cpu" else 0
+    checkpoint += (trained_bytes if keeps_best else 0) + (4 * trained if settings.ema_decay else 0)
     disk = weights + (checkpoint * (keep + 1) if settings.save_steps else 0)
     found = Forecast(
         total_steps=total_steps,
@@ -180,7 +189,7 @@ def forecast(
         * settings.gradient_accumulation_steps,
         seconds_per_step=two.steps[1].seconds,
         evaluation_seconds=evaluation,
-        peak_bytes=peak.bytes,
+        peak_bytes=peak.bytes + beside,
         disk_bytes=disk,
     )
     advice = _about_disk(found, folder)

@@ -174,7 +174,9 @@ class Narrator:
         told = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
         if record.loss_name == "nll":
             told = f"  nll {record.nll:.4f}  perplexity {record.perplexity:.2f}{told}"
-        self.say(f"{self._name}  step {record.step}/{self._total}  evaluation:{told}  ({record.tokens:,} predicted)")
+        self.say(
+            f"{self._name}  step {record.step}/{self._total}  evaluation: {told.strip()}  ({record.tokens:,} predicted)"
+        )
 
 
 def clock(seconds: float) -> str:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_geglu.conversions.precision import all_finite
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks
 from hf_geglu.training.generators import load_generators
@@ -145,7 +146,8 @@ class TrainingState:
 
     def _check_finite(self, step: int) -> None:
         parameters = dict(self.model.named_parameters())
-        flags = torch.stack([(~torch.isfinite(share(p))).any() for p in parameters.values()]).int()
+        device = next(iter(parameters.values())).device
+        flags = torch.tensor([not all_finite(share(p).detach()) for p in parameters.values()], device=device).int()
         if self.sharded:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         broken = [name for name, flag in zip(parameters, flags.tolist(), strict=True) if flag]
