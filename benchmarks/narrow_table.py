@@ -11,6 +11,7 @@ Lossy by nature; the full width is exact. Calibrated on sentences of {calibrated
 sentences, half of them prose, half of *{other}*, a domain not calibrated on. *closed* chooses neurons and
 solves for the down projections, *local* trains every block by itself, *heal* trains the whole model on the original's
 outputs. The *dense control* went through the same without a value branch: what it reaches is not the gate's doing.
+After *closed* the value branch is constant still: that row is its own control.
 
 """
 

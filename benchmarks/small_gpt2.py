@@ -24,7 +24,7 @@ from hf_geglu.demo.wheels import cache_root
 
 TRAINED_ON = ("prose", "library", "glosses", "computing")
 VOCABULARY, WIDTH, LAYERS, HEADS = 4096, 256, 4, 4
-BLOCK, BATCH, STEPS, RATE, WARMUP = 128, 32, 600, 2e-3, 40
+BLOCK, BATCH, STEPS, RATE, WARMUP = 128, 32, 500, 2e-3, 40
 NAME = f"gpt2-small-{WIDTH}x{LAYERS}-{STEPS}"
 
 

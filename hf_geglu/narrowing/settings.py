@@ -28,7 +28,7 @@ class HealSettings:
     """
 
     passes: float = 1.0
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     warmup: int = 30
     gradient_norm: float = 1.0
     low_precision: bool = True
