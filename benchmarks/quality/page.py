@@ -64,10 +64,9 @@ def _causal(record: Record) -> str:
         f"chosen: {', '.join(f'{count} {name}' for name, count in row['chosen'].items())}."
         for row in calibrated
     ]
-    source = (
-        f"Calibrated on {record['calibration_tokens']:,} tokens of {record['calibrated_on']}; the mix is of "
-        "library, glosses and computing, a third each."
-    )
+    source = f"Calibrated on {record['calibration_tokens']:,} tokens of {record['calibrated_on']}."
+    if any("mix" in start for start in by_start):
+        source += " The mix is of library, glosses and computing, a third each."
     spread = ""
     for start, of_start in by_start.items():
         for domain in of_start[0]["domains"] if len(of_start) > 1 else ():
