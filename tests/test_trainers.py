@@ -171,6 +171,21 @@ def test_pipeline(tmp_path, task, model_type, text):
         assert found == expected
 
 
+def _only_values_moved(model, masks, before):
+    for name, parameter in model.named_parameters():
+        moved = parameter != before[name]
+        mask = masks[name].expand_as(parameter).bool() if name in masks else torch.zeros_like(moved)
+        assert not moved[~mask].any(), name
+        assert moved.any() == (name in masks), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def _told_of_values(trainer, times):
+    told = [entry["value_over_gate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(told) == times
+    assert 0 < told[0] < told[-1]
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "bert"])
 def test_callback_trains_the_value_branch_alone_and_tells_of_it(tmp_path, model_type):
     from hf_geglu.training.callback import GegluCallback
@@ -185,15 +200,43 @@ def test_callback_trains_the_value_branch_alone_and_tells_of_it(tmp_path, model_
         model=model, args=arguments, train_dataset=DATA, callbacks=[GegluCallback(trainable="value")]
     )
     trainer.train()
-    for name, parameter in model.named_parameters():
-        moved = parameter != before[name]
-        mask = masks[name].expand_as(parameter).bool() if name in masks else torch.zeros_like(moved)
-        assert not moved[~mask].any(), name
-        assert moved.any() == (name in masks), name
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    told = [entry["value_over_gate"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(told) == 3
-    assert 0 < told[0] < told[-1]
+    _only_values_moved(model, masks, before)
+    _told_of_values(trainer, 3)
+
+
+def test_callback_in_sfttrainer(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from hf_geglu.training.callback import GegluCallback
+    from hf_geglu.training.trainable import value_masks
+
+    folder = _saved(tmp_path, "gpt2")
+    tokenizer = _tokenizer(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    masks = value_masks(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    data = datasets.Dataset.from_dict({"text": [" ".join(str((i + j) % 50) for j in range(12)) for i in range(8)]})
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        max_length=16,
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[GegluCallback(trainable="value")],
+    )
+    trainer.train()
+    _only_values_moved(model, masks, before)
+    _told_of_values(trainer, 3)
 
 
 def test_callback_refuses_a_decay_that_would_move_the_gates(tmp_path):
