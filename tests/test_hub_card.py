@@ -146,6 +146,16 @@ def test_unknown_licence_is_other_with_a_warning(tmp_path, caplog):
     assert "**Unknown.**" in text
 
 
+def test_a_local_base_says_what_it_was_made_from(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / CARD).write_text("---\nlicense: mit\nbase_model: org/first\n---\n")
+    inherited = base_card(Base(name="base"), base)
+    text = card(_manifest(tmp_path / "a", "llama", RUN), inherited=inherited, name="v")
+    assert "(a local folder), made from org/first as its own card says, with its 2 feed-forward blocks" in text
+    assert "org/first" not in card(_manifest(tmp_path / "b", "llama", RUN, base=HUB), inherited=inherited, name="v")
+
+
 def test_licence_is_inherited_whole(tmp_path):
     base = tmp_path / "base"
     base.mkdir()

@@ -51,7 +51,7 @@ def is_ours(path: Path) -> bool:
 def card(manifest: Manifest, *, inherited: BaseCard, name: str, curves: bool = False, tags: Sequence[str] = ()) -> str:
     """The card as text: metadata, body, and the mark by which we know it again."""
     data = metadata(manifest, inherited=inherited, name=name, tags=tags)
-    return marked(data, body(manifest, name=name, licence=inherited.licence, curves=CURVES if curves else None))
+    return marked(data, body(manifest, name=name, inherited=inherited, curves=CURVES if curves else None))
 
 
 def marked(data: Any, body_text: str) -> str:

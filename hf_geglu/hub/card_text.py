@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_geglu.auto import auto_classes
-from hf_geglu.hub.licence import Licence
+from hf_geglu.hub.licence import BaseCard, Licence
 from hf_geglu.hub.manifest import MANIFEST, Manifest
 from hf_geglu.modeling_geglu import CLASS_PREFIX
 from hf_geglu.plan import Plan, SitePlan
@@ -15,17 +15,17 @@ from hf_geglu.provenance import Reversal, TrainingRecord
 from hf_geglu.variants import VARIANTS
 
 
-def body(manifest: Manifest, *, name: str, licence: Licence, curves: str | None) -> str:
+def body(manifest: Manifest, *, name: str, inherited: BaseCard, curves: str | None) -> str:
     """All sections.
 
     Args:
         manifest: of the variant.
         name: title.
-        licence: of the base.
+        inherited: what the card of the base says.
         curves: path of a picture of the loss curves in the repository.
     """
     sections = [
-        [f"# {name}", "", _summary(manifest)],
+        [f"# {name}", "", _summary(manifest, inherited.base_model)],
         _converted(manifest),
         _narrowing(manifest),
         _measured(manifest.trainings, curves),
@@ -34,14 +34,16 @@ def body(manifest: Manifest, *, name: str, licence: Licence, curves: str | None)
         _loading(manifest, name),
         _limits(manifest),
         _making(manifest, name),
-        _licence(manifest, licence),
+        _licence(manifest, inherited.licence),
     ]
     text = "\n\n".join("\n".join(lines) for lines in sections if lines)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip()
 
 
-def _summary(manifest: Manifest) -> str:
+def _summary(manifest: Manifest, origin: str | None) -> str:
     plan, base = manifest.provenance.plan, _base(manifest)
+    if origin and manifest.provenance.base.id is None:
+        base += f", made from {origin} as its own card says,"
     if plan is None:
         return f"A GeGLU variant of {base}. How it was converted is not recorded."
     blocks = f"{len(plan.converted)} feed-forward blocks"
@@ -199,7 +201,8 @@ def _written(runs: Sequence[TrainingRecord]) -> list[str]:
     samples = [sample for run in runs for sample in run.samples]
     if not samples:
         return []
-    lines = ["## What it writes", "", "To the same prompts, from the same random numbers; not chosen.", ""]
+    how = "To the same prompts, from the same random numbers; not chosen. Absolute paths stand by their last part."
+    lines = ["## What it writes", "", how, ""]
     for sample in samples:
         for head, text in sample.texts().items():
             first, *more = text.splitlines() or [""]

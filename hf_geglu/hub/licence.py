@@ -39,6 +39,8 @@ class BaseCard:
     licence: Licence = Licence()
     language: Any = None
     pipeline_tag: str | None = None
+    base_model: str | None = None
+    """What the base itself was made from, by its own card."""
 
 
 def base_card(base: Base, folder: Path | None = None) -> BaseCard:
@@ -70,7 +72,13 @@ def base_card(base: Base, folder: Path | None = None) -> BaseCard:
 
 def inherits(data: Mapping[str, Any]) -> BaseCard:
     """What a card with that metadata hands on."""
-    return BaseCard(licence=licence_from(data), language=data.get("language"), pipeline_tag=data.get("pipeline_tag"))
+    origin = data.get("base_model")
+    return BaseCard(
+        licence=licence_from(data),
+        language=data.get("language"),
+        pipeline_tag=data.get("pipeline_tag"),
+        base_model=origin if isinstance(origin, str) else None,
+    )
 
 
 def card_data(text: str) -> dict[str, Any]:
