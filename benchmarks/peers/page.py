@@ -82,6 +82,5 @@ def _verdict(case: Mapping[str, Any]) -> str:
         said.append(line)
     rounds, steps = case["rounds"], case["steps of a run"]
     many = f"{rounds} round{'s' * (rounds > 1)} of {steps} counted steps"
-    return (
-        f"Against the script and TRL, {'; '.join(said)}. {many}{'' if PEAK in case else '; peaks were not measured'}."
-    )
+    more = ("" if PEAK in case else "; peaks were not measured") + case.get("note", "")
+    return f"Against the script and TRL, {'; '.join(said)}. {many}{more}."
