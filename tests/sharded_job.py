@@ -31,12 +31,17 @@ from hf_geglu.training.adapters import adapted
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 MODELS = {"gpt2": gpt2, "llama": llama, "bert": bert}
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+WAYS = {
+    "copies": {},
+    "shares": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
+    "zero": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
 }
+"""What `accelerate launch` says for each way."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Job:
         model: one of MODELS or of `tiny_models`.
         forward: blocks of a forward of a process.
         forwards: of a process in a step.
-        shares: share the model out (FSDP2) instead of copying it (DDP).
+        way: of several processes: "copies" of the model (DDP), "shares" of it (FSDP2), or "zero" (DeepSpeed).
         convert: make it a variant first.
         double: train it in float64.
         how: more settings.
@@ -60,7 +65,7 @@ class Job:
     model: str = "llama"
     forward: int = 2
     forwards: int = 2
-    shares: bool = True
+    way: str = "shares"
     convert: bool = True
     double: bool = False
     how: dict[str, Any] = field(default_factory=dict)
@@ -113,9 +118,8 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         model.double()
     kind = type(model)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SHARDING.items():
-            if job.shares:
-                patch.setenv(name, value)
+        for name, value in WAYS[job.way].items():
+            patch.setenv(name, value)
         accelerator = make_accelerator(settings)
         with adapted(model, settings), counted() as counts:
             result = train(

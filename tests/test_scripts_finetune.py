@@ -145,7 +145,8 @@ def test_accelerate_reads_the_config_files(config: str) -> None:
 
     arguments = launch_command_parser().parse_args([*launched_by(config)[2:], "script.py"])
     read, defaults, _ = _validate_launch_command(arguments)
-    assert (read.multi_gpu, read.use_fsdp) == ((True, False) if config.startswith("ddp") else (False, True))
+    ways = {"ddp": read.multi_gpu, "fsdp2": read.use_fsdp, "zero2": read.use_deepspeed}
+    assert [way for way, on in ways.items() if on] == [config.removesuffix(".yaml").removesuffix("_cpu")]
     assert read.num_processes == (2 if config.endswith("_cpu.yaml") else 8)
     assert defaults.use_cpu == config.endswith("_cpu.yaml")
     if read.use_fsdp and hasattr(read, "fsdp_version"):

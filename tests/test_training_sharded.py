@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -75,10 +76,10 @@ class Run:
 
 def alone(job: Job) -> Run:
     """In this process, all 8 blocks of a step in one forward."""
-    return Run(*run(replace(job, forward=8, forwards=1, shares=False)))
+    return Run(*run(replace(job, forward=8, forwards=1, way="copies")))
 
 
-def launched(jobs: Iterable[Job], folder: Path) -> dict[str, Run]:
+def launched(jobs: Iterable[Job], folder: Path, **environment: str) -> dict[str, Run]:
     """In two processes."""
     jobs = list(jobs)
     (folder / "jobs.json").write_text(to_json(jobs))
@@ -88,6 +89,8 @@ def launched(jobs: Iterable[Job], folder: Path) -> dict[str, Run]:
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **environment},
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((folder / "found.json").read_text())
@@ -95,10 +98,10 @@ def launched(jobs: Iterable[Job], folder: Path) -> dict[str, Run]:
     return {name: Run(found[name], load_file(file) if file.exists() else {}) for name, file in weights.items()}
 
 
-def resumed(folder: Path, by: str, written: str, *, shares: bool) -> Job:
+def resumed(folder: Path, by: str, written: str, *, way: str) -> Job:
     """Steps 3 to 5 of a run whose first two were made by others."""
     checkpoint = folder / written / "checkpoint-2"
-    return replace(PLAIN, name=f"{by} from {written}", shares=shares, resume=str(checkpoint))
+    return replace(PLAIN, name=f"{by} from {written}", way=way, resume=str(checkpoint))
 
 
 PLAIN = Job("plain", "gpt2", how={"ema_decay": 0.9, "load_best_model_at_end": True, "early_stopping_patience": 9})
@@ -110,19 +113,19 @@ WAYS = ("one", "copies", "shares")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Run]]:
     """Everything that two processes do in the quick tests, in one launch."""
     folder = tmp_path_factory.mktemp("sharded")
-    run(replace(PLAIN, forward=8, forwards=1, shares=False, save=str(folder / "one")))
+    run(replace(PLAIN, forward=8, forwards=1, way="copies", save=str(folder / "one")))
     ways = WAYS if HAS_FSDP2 else WAYS[:2]
-    jobs = [replace(PLAIN, name="2x4", forward=4, forwards=1, shares=False, how={})]
-    jobs += [replace(PLAIN, name=way, shares=way == "shares", save=str(folder / way)) for way in ways[1:]]
+    jobs = [replace(PLAIN, name="2x4", forward=4, forwards=1, way="copies", how={})]
+    jobs += [replace(PLAIN, name=way, way=way, save=str(folder / way)) for way in ways[1:]]
     jobs += OPTIONS.values() if HAS_FSDP2 else []
-    jobs += [resumed(folder, by, written, shares=by == "shares") for by in ways[1:] for written in ways]
-    jobs += [replace(resumed(folder, "copies", "one", shares=False), name="twice as many", forwards=4)]
+    jobs += [resumed(folder, by, written, way=by) for by in ways[1:] for written in ways]
+    jobs += [replace(resumed(folder, "copies", "one", way="copies"), name="twice as many", forwards=4)]
     return folder, launched(jobs, folder)
 
 
 def test_accumulation_and_two_processes_end_with_the_same_weights(together: Any) -> None:
     """1x8, 8x1 and 2x4 lie no further apart than four times what rounding does to one (measured: 1.8 at most)."""
-    plain = replace(PLAIN, how={}, shares=False)
+    plain = replace(PLAIN, how={}, way="copies")
     whole, cut, exact = (
         Run(*run(replace(plain, forward=forward, forwards=8 // forward, double=double)))
         for forward, double in ((8, False), (1, False), (8, True))
@@ -163,7 +166,7 @@ def test_a_checkpoint_is_resumed_by_any_number_of_processes(together: Any, by: s
         pytest.skip("this accelerate has FSDP 1 only")
     folder, found = together
     whole = alone(PLAIN)
-    job = resumed(folder, by, written, shares=by == "shares")
+    job = resumed(folder, by, written, way=by)
     again = alone(job) if by == "one" else found[job.name]
     assert len(again.found["losses"]) == 5
     again.has_the_losses_of(whole)
@@ -198,9 +201,9 @@ def test_another_number_of_blocks_a_step_is_refused(together: Any) -> None:
     with pytest.raises(
         ConfigurationError, match=r"2 processes with 8 .* 1 process x 4 .*--gradient_accumulation_steps 2"
     ):
-        run(replace(PLAIN, shares=False, forward=4, forwards=1, resume=str(two)))
+        run(replace(PLAIN, way="copies", forward=4, forwards=1, resume=str(two)))
     with pytest.raises(ConfigurationError, match=r"x 16 .*_batch_size 8 --gradient_accumulation_steps 1"):
-        run(replace(PLAIN, shares=False, forward=16, forwards=1, resume=str(two)))
+        run(replace(PLAIN, way="copies", forward=16, forwards=1, resume=str(two)))
 
 
 def test_one_process_may_still_take_other_batches(tmp_path: Path) -> None:
@@ -230,3 +233,29 @@ def test_bfloat16_by_shares_is_near_float32(tmp_path: Path) -> None:
     two = launched([job], tmp_path)["bf16"]
     two.has_the_losses_of(alone(Job("float32")), tolerance=0.02)
     assert two.found["losses"] != alone(Job("float32")).found["losses"]
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_and_resumes_as_one_process_does(tmp_path: Path) -> None:
+    """ZeRO 2: optimizer state and gradients in shares."""
+    pytest.importorskip("deepspeed")
+    kept = replace(PLAIN, how={**CAREFUL, "ema_decay": 0.5})
+    whole = Run(*run(replace(kept, forward=8, forwards=1, way="copies", save=str(tmp_path / "one"))))
+    same = [Job("plain"), Job("value", "gpt2", how={"trainable": "value", "ops": "lean"}), OPTIONS["adapters"]]
+    jobs = [replace(job, way="zero") for job in same]
+    jobs += [replace(kept, name="saved", way="zero", save=str(tmp_path / "zero"))]
+    for written in ("one", "zero"):
+        checkpoint = str(tmp_path / written / "checkpoint-2")
+        jobs += [replace(kept, name=f"from {written}", way="zero", resume=checkpoint)]
+    jobs += [replace(kept, name="rate", way="zero", how={"value_learning_rate": 1e-3})]
+    found = launched(jobs, tmp_path, DS_ACCELERATOR="cpu")
+    assert found.pop("rate").found["error"].startswith("ConfigurationError: --value_learning_rate with DeepSpeed")
+    for name, two in found.items():
+        assert two.found.get("strategy") == "DEEPSPEED", two.found
+        one = whole if name == "saved" or name.startswith("from") else alone(next(j for j in same if j.name == name))
+        two.has_the_losses_of(one)
+        assert two.distance(one) <= 1e-4, name
+    again = alone(replace(kept, resume=str(tmp_path / "zero" / "checkpoint-2")))
+    again.has_the_losses_of(whole)
+    names = {path.name for path in (tmp_path / "zero" / "checkpoint-4").iterdir()}
+    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".py"}

@@ -44,6 +44,25 @@ def accelerator(strategy: str, *, precision: str = "no", backend: str = "NO", **
 
 
 @pytest.mark.parametrize(
+    ("stage", "precision", "config", "message"),
+    [
+        (3, "no", {}, "ZeRO stage 3: expected 1 or 2.*fsdp2.yaml"),
+        (2, "bf16", {}, "mixed precision bf16.*cast the weights"),
+        (2, "no", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "DeepSpeed with offload_optimizer"),
+        (1, "no", {"optimizer": {}, "scheduler": {}}, "DeepSpeed with optimizer and scheduler.*the recipe's flags"),
+    ],
+)
+def test_what_deepspeed_is_refused(stage: int, precision: str, config: dict[str, Any], message: str) -> None:
+    given = accelerator("DEEPSPEED", precision=precision)
+    given.state.deepspeed_plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+    with pytest.raises(ConfigurationError, match=message):
+        settle_strategy(given)
+    given.mixed_precision = "no"
+    given.state.deepspeed_plugin = SimpleNamespace(zero_stage=2, deepspeed_config={"zero_optimization": {"stage": 2}})
+    assert settle_strategy(given) == "zero"
+
+
+@pytest.mark.parametrize(
     ("strategy", "found"), [("NO", "one"), ("MULTI_CPU", "copies"), ("MULTI_GPU", "copies"), ("FSDP", "shares")]
 )
 def test_what_is_supported(strategy: str, found: str) -> None:
@@ -53,7 +72,6 @@ def test_what_is_supported(strategy: str, found: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"strategy": "DEEPSPEED"}, "strategy DEEPSPEED.*pickled files.*fsdp2.yaml"),
         ({"strategy": "MEGATRON_LM"}, "strategy MEGATRON_LM.*model classes of its own"),
         ({"strategy": "XLA"}, "strategy XLA.*No other was ever tried"),
         ({"fsdp_version": 1}, "fsdp_version 1.*flattens.*`fsdp_version: 2`"),

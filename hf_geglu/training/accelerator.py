@@ -45,6 +45,10 @@ def make_accelerator(settings: TrainSettings, *, trackers: Sequence[str] = (), f
             project_dir=folder if trackers else None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.ddp_find_unused_parameters)],
         )
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{error} Expected what the launch asks for. Install it, or launch another way."
+        ) from error
     except (ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"mixed_precision={settings.precision() or 'as launched'}: {error} Use --mixed_precision bf16 or no, or "

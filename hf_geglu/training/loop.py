@@ -27,21 +27,22 @@ from hf_geglu.training.averaging import WeightAverage
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
 from hf_geglu.training.best import BestModel
 from hf_geglu.training.checkpoint import CheckpointFolder
-from hf_geglu.training.clipping import clip_gradients
 from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
 from hf_geglu.training.generators import seed_generators
 from hf_geglu.training.head import Head, NoHead, find_head
 from hf_geglu.training.objectives import Batch, CausalLM, Objective, token_count
 from hf_geglu.training.objectives import predicted as is_predicted
-from hf_geglu.training.optimizer import make_optimizer, make_scheduler, scale_value_updates
+from hf_geglu.training.optimizer import AdamState, make_optimizer, make_scheduler, scale_value_updates
 from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, with_kernels
 from hf_geglu.training.progress import Progress
 from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.settings import TrainSettings
 from hf_geglu.training.sharded_model import reshard, share_out, shares_the_model, whole_again
 from hf_geglu.training.state import TrainingState, fingerprint
-from hf_geglu.training.trainable import choose_trainable, mask_gradients, value_masks
+from hf_geglu.training.stepping import Stepping, make_stepping
+from hf_geglu.training.trainable import choose_trainable, value_masks
+from hf_geglu.training.zero import ZeroState, uses_zero
 
 logger = logging.getLogger(__name__)
 
@@ -107,17 +108,19 @@ def train(
             model.to(accelerator.device)
         cleanup.enter_context(with_kernels(model, settings))
         loss_of = _loss(model, settings, teacher, accelerator)
-        trained = choose_trainable(model, settings.trainable)
-        cleanup.enter_context(trained.only(model, hooks=False))
+        trained, zero = choose_trainable(model, settings.trainable), uses_zero(accelerator)
+        cleanup.enter_context(trained.only(model, hooks=zero))
         values = trained.values or _values_of(model, settings)
-        if sharded:  # from here on its parameters are others, and shares: what holds on to some is made later
+        if sharded or zero:  # from here on its parameters are others: what holds on to some is made later
             cleanup.enter_context(whole_again(model))
+        if sharded:
             share_out(model, accelerator)
             loss_of = loss_of.of_shares()
         optimizer = make_optimizer(model, settings, values=values)
         scheduler = make_scheduler(optimizer, settings, total_steps=total)
         scale_value_updates(model, optimizer, settings, values)
-        masks = trained.masks(model)
+        stepping = make_stepping(model, optimizer, accelerator, settings, trained.masks(model))
+        prepared = stepping.model
         average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
         best = BestModel(
             model,
@@ -128,7 +131,7 @@ def train(
         seed_generators(settings.seed + int(accelerator.process_index))
         state = TrainingState(
             model,
-            optimizer,
+            ZeroState(model, prepared) if zero else AdamState(model, optimizer),
             scheduler,
             accelerator.scaler,
             settings,
@@ -140,8 +143,6 @@ def train(
             Progress.start() if resume_from is None else state.restore(resume_from, int(accelerator.process_index))
         )
         best.recall(progress.evals)
-        prepared = model if sharded else accelerator.prepare(model)
-        stepper = accelerator.prepare_optimizer(optimizer)
         cleanup.enter_context(in_mode(prepared, training=True))
 
         def evaluate_now(step: int) -> None:
@@ -178,19 +179,16 @@ def train(
             micro_batches = next(batches)
             rate = float(scheduler.get_last_lr()[0])
             with without_cache(model):
-                loss, predicted, tokens = _accumulate(prepared, micro_batches, accelerator, loss_of)
+                loss, predicted, tokens = _accumulate(stepping, micro_batches, accelerator, loss_of)
             if not math.isfinite(loss):
                 raise _not_finite("loss", loss, step, rate, checkpoints)
-            mask_gradients(masks)
-            norm = clip_gradients(prepared, settings.max_grad_norm or math.inf, accelerator)
+            norm = stepping.clip()
             # With fp16 an overflowing gradient is expected now and then: the scaler skips the step and lowers its
             # scale.
             if not math.isfinite(norm) and accelerator.scaler is None:
                 raise _not_finite("gradient norm", norm, step, rate, checkpoints)
-            stepper.step()
-            if not accelerator.optimizer_step_was_skipped:
+            if stepping.update():
                 scheduler.step()
-            stepper.zero_grad()
             if average is not None:
                 average.update(step)
             record = StepRecord(step, loss, rate, norm, tokens, predicted, time.perf_counter() - begin)
@@ -272,7 +270,7 @@ def _loss(model: nn.Module, settings: TrainSettings, teacher: nn.Module | None, 
     return _Loss(head, Distillation(teacher, settings.distill, settings.distill_temperature), accelerator)
 
 
-def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any, loss_of: _Loss) -> tuple[float, int, int]:
+def _accumulate(stepping: Stepping, batches: list[Batch], accelerator: Any, loss_of: _Loss) -> tuple[float, int, int]:
     """Backward of the mean loss over all forwards and processes of a step; returns (loss, predicted, tokens)."""
     counts = torch.tensor(
         [
@@ -287,9 +285,9 @@ def _accumulate(model: nn.Module, batches: list[Batch], accelerator: Any, loss_o
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
-        with nullcontext() if last else accelerator.no_sync(model):
-            loss = loss_of(model, to_device(batch, accelerator.device), divisor=divisor)
-            accelerator.backward(loss)
+        with nullcontext() if last else stepping.accumulating():
+            loss = loss_of(stepping.model, to_device(batch, accelerator.device), divisor=divisor)
+            stepping.backward(loss)
         total += loss.detach()
     return float(accelerator.reduce(total, reduction="mean")), predicted, tokens
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.training.settings import TrainSettings
 from hf_geglu.training.sharding import joined, part_of, share
-from hf_geglu.training.tensor_file import Source, part
+from hf_geglu.training.tensor_file import Held, Source, part
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -161,46 +161,65 @@ def _named(model: nn.Module, optimizer: AdamW) -> Iterator[tuple[str, nn.Paramet
             yield names[parameter], parameter
 
 
-def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter name:state name` -> tensor, wherever it is."""
-    return {
-        f"{name}:{key}": value
-        for name, parameter in _named(model, optimizer)
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+class AdamState:
+    """AdamW's state by parameter name: `parameter name:state name`."""
+
+    def __init__(self, model: nn.Module, optimizer: AdamW) -> None:
+        """Of the parameters that `optimizer` has of `model`, which may be shared out."""
+        self._optimizer = optimizer
+        self._parameters = dict(_named(model, optimizer))
+
+    def tensors(self) -> dict[str, Held]:
+        """Wherever they are; empty before the first step."""
+        return {
+            f"{name}:{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def load(self, tensors: Mapping[str, Source]) -> None:
+        """Put back what `tensors` gave, or this process's share of it. A parameter that had no state yet still has
+        none.
+
+        Raises:
+            TrainingError: state for other parameters, or of another shape, than this model has.
+        """
+        check_optimizer_tensors(self._parameters, tensors)
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, state_name = key.rpartition(":")
+            parameter = self._parameters[name]
+            # AdamW keeps its step count on the CPU unless it is fused.
+            fused = self._optimizer.defaults.get("fused")
+            place = parameter.device if value.shape or fused else torch.device("cpu")
+            own = part(value, parameter).to(place, copy=True)  # what is read may lie in a file that goes away
+            state.setdefault(parameter, {})[state_name] = joined(own, parameter) if value.shape else own
+        self._optimizer.state.clear()
+        self._optimizer.state.update(state)
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: Mapping[str, Source]) -> None:
-    """Put back what `optimizer_tensors` took out, or this process's share of it. A parameter that had no state yet
-    still has none.
+def check_optimizer_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Source]) -> None:
+    """Refuse the state of another model.
 
     Raises:
         TrainingError: state for other parameters, or of another shape, than this model has.
     """
-    expected = dict(_named(model, optimizer))
-    foreign = sorted({key.rpartition(":")[0] for key in tensors} - expected.keys())
+    foreign = sorted({key.rpartition(":")[0] for key in tensors} - parameters.keys())
     if foreign:
         raise TrainingError(
             f"optimizer state for {foreign[0]} and {len(foreign) - 1} more parameters that this model does not train: "
             "expected the state of the same model. Give the model, --convert, --variant and --layers that the "
             "checkpoint was made with."
         )
-    state: dict[Tensor, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        name, _, state_name = key.rpartition(":")
-        parameter = expected[name]
+        name = key.rpartition(":")[0]
+        parameter = parameters[name]
         if value.shape and value.shape != parameter.shape:
             raise TrainingError(
                 f"optimizer state of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}: "
                 "expected the same model. Give the model, --convert, --variant and --layers that the checkpoint was "
                 "made with."
             )
-        # AdamW keeps its step count on the CPU unless it is fused.
-        place = parameter.device if value.shape or optimizer.defaults.get("fused") else torch.device("cpu")
-        own = part(value, parameter).to(place, copy=True)  # what is read may lie in a file that goes away
-        state.setdefault(parameter, {})[state_name] = joined(own, parameter) if value.shape else own
-    optimizer.state.clear()
-    optimizer.state.update(state)
 
 
 def scheduler_state(scheduler: LambdaLR) -> dict[str, Any]:

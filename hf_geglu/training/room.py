@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_geglu.errors import OutputError
 from hf_geglu.files.folder import why_full
@@ -26,9 +26,8 @@ def weight_bytes(model: nn.Module) -> int:
 
 def checkpoint_bytes(state: TrainingState) -> int:
     """Of a checkpoint on disk."""
-    moments = (value for of in state.optimizer.state.values() for value in of.values() if isinstance(value, Tensor))
-    beside = (tensor for companion in state.companions.values() for tensor in companion.tensors().values())
-    return weight_bytes(state.model) + sum(map(_bytes, moments)) + sum(map(_bytes, beside))
+    kept = [state.moments, *state.companions.values()]
+    return weight_bytes(state.model) + sum(_bytes(tensor) for each in kept for tensor in each.tensors().values())
 
 
 def _bytes(tensor: Held) -> int:

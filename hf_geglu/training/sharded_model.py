@@ -117,7 +117,8 @@ def plain_class(model: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def whole_again(model: nn.Module) -> Iterator[None]:
-    """A model that is shared out inside has its classes, hooks and whole parameters again when the block ends well.
+    """A model that is shared out, or trained by an engine, has its classes, hooks and whole parameters again when the
+    block ends well.
 
     The weights are then on the CPU of each process, one tensor gathered after the other. After an error they stay
     shares: processes that failed apart cannot gather anything together.
@@ -146,7 +147,7 @@ def _gather(model: nn.Module) -> None:
     made: dict[Tensor, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and is_shared(parameter):
+            if parameter is not None and (is_shared(parameter) or vars(parameter)):  # DeepSpeed hangs things on them
                 if parameter not in made:
                     made[parameter] = nn.Parameter(whole(parameter).clone(), requires_grad=parameter.requires_grad)
                 module._parameters[name] = made[parameter]

@@ -7,15 +7,30 @@ it can do: importing it takes a second that an unsharded run need not spend.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
-def is_shared(tensor: Tensor | Share) -> bool:
+class Spread(Protocol):
+    """A tensor of which every process holds a part, wherever that is."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the whole."""
+
+    def whole(self) -> Tensor:
+        """All of it, on the CPU; every process must ask at the same time."""
+
+
+def is_shared(tensor: Tensor | Spread) -> bool:
     """Whether other processes hold the rest of it."""
-    return isinstance(tensor, Share) or hasattr(tensor, "full_tensor")
+    return not isinstance(tensor, Tensor) or hasattr(tensor, "full_tensor")
 
 
 def share(tensor: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_geglu.conversions.precision import all_finite
@@ -29,7 +28,7 @@ from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks
 from hf_geglu.training.generators import load_generators
 from hf_geglu.training.objectives import Example, Objective
-from hf_geglu.training.optimizer import load_optimizer_tensors, load_scheduler_state, optimizer_tensors, scheduler_state
+from hf_geglu.training.optimizer import load_scheduler_state, scheduler_state
 from hf_geglu.training.progress import FILE, FORMAT, Progress, read_progress
 from hf_geglu.training.records import EvalRecord, StepRecord
 from hf_geglu.training.settings import TrainSettings
@@ -92,7 +91,7 @@ class TrainingState:
     """The live objects that a checkpoint is a picture of. The model may be sharded between processes."""
 
     model: nn.Module
-    optimizer: AdamW
+    moments: Companion
     scheduler: LambdaLR
     scaler: Any
     settings: TrainSettings
@@ -102,9 +101,9 @@ class TrainingState:
     """By the name of their file."""
 
     @property
-    def sharded(self) -> bool:
+    def spread(self) -> bool:
         """Whether no process has all of it."""
-        return any(is_shared(parameter) for parameter in self.model.parameters())
+        return any(map(is_shared, [*self.model.parameters(), *self.moments.tensors().values()]))
 
     def write(self, folder: Path, progress: Progress, tokenizer: Any, *, main: bool = True) -> None:
         """Everything but the random generators, into an existing folder.
@@ -115,12 +114,12 @@ class TrainingState:
         Raises:
             TrainingError: weights that are not finite; a checkpoint of them would be worth nothing.
         """
-        if not main and not self.sharded:
+        if not main and not self.spread:
             return
         self._check_finite(progress.step)
         files = FilesTogether(folder, main=main)
         write_weights(self.model, files)
-        files.tensors("optimizer", optimizer_tensors(self.model, self.optimizer))
+        files.tensors("optimizer", self.moments.tensors())
         for name, companion in self.companions.items():
             if tensors := companion.tensors():
                 files.tensors(name, tensors)
@@ -148,7 +147,7 @@ class TrainingState:
         parameters = dict(self.model.named_parameters())
         device = next(iter(parameters.values())).device
         flags = torch.tensor([not all_finite(share(p).detach()) for p in parameters.values()], device=device).int()
-        if self.sharded:
+        if self.spread:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         broken = [name for name, flag in zip(parameters, flags.tolist(), strict=True) if flag]
         if broken:
@@ -190,7 +189,7 @@ class TrainingState:
             logger.info("resuming with other settings: %s", "; ".join(changed))
         load_weights(self.model, folder)
         with stored_tensors(folder / "optimizer.safetensors") as tensors:
-            load_optimizer_tensors(self.model, self.optimizer, tensors)
+            self.moments.load(tensors)
         for name, companion in self.companions.items():
             if _file_of(folder, name).exists():
                 with stored_tensors(_file_of(folder, name)) as tensors:

@@ -10,9 +10,15 @@ import torch
 
 from hf_geglu.errors import ConfigurationError
 
-Strategy = Literal["one", "copies", "shares"]
+Strategy = Literal["one", "copies", "shares", "zero"]
 
-_KNOWN: dict[str, Strategy] = {"NO": "one", "MULTI_CPU": "copies", "MULTI_GPU": "copies", "FSDP": "shares"}
+_KNOWN: dict[str, Strategy] = {
+    "NO": "one",
+    "MULTI_CPU": "copies",
+    "MULTI_GPU": "copies",
+    "FSDP": "shares",
+    "DEEPSPEED": "zero",
+}
 
 
 def launched() -> int:
@@ -22,8 +28,24 @@ def launched() -> int:
 
 def stay_on_cpu(use_cpu: bool) -> bool:
     """Whether to tell accelerate that this is a CPU run: on a machine without a GPU several processes would otherwise
-    not know of each other, and each train the model for itself."""
+    not know of each other, and each train the model for itself.
+
+    Raises:
+        ConfigurationError: DeepSpeed, on the CPU of a machine that has a GPU.
+    """
+    if asks_for("DEEPSPEED"):  # told so, accelerate would train copies without a word
+        if use_cpu and torch.accelerator.is_available():
+            raise ConfigurationError(
+                "--use_cpu with DeepSpeed on a machine that has a GPU: expected one or the other, since DeepSpeed uses "
+                "it. Leave --use_cpu out, or launch with scripts/accelerate/fsdp2_cpu.yaml."
+            )
+        return False
     return use_cpu or (launched() > 1 and not torch.accelerator.is_available())
+
+
+def asks_for(strategy: str) -> bool:
+    """Whether this process was launched with FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
 
 
 def settle_strategy(accelerator: Any) -> Strategy:
@@ -32,14 +54,15 @@ def settle_strategy(accelerator: Any) -> Strategy:
     Raises:
         ConfigurationError: a strategy, or an option of one, that this training does not support.
     """
-    wants_shares = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asks_for("DEEPSPEED"):
+        _know_each_other(accelerator)
     if accelerator.num_processes != launched() and launched() > 1:
         raise ConfigurationError(
             f"{launched()} processes were launched, but accelerate sees {accelerator.num_processes}: expected all of "
             "them to train together. Check `accelerate launch --config_file`; scripts/accelerate has files that work."
         )
     name = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if wants_shares and name == "MULTI_CPU":
+    if asks_for("FSDP") and name == "MULTI_CPU":
         _shard_on_cpu(accelerator)
         name = "FSDP"
     strategy = _KNOWN.get(name)
@@ -51,12 +74,12 @@ def settle_strategy(accelerator: Any) -> Strategy:
         )
     if strategy == "shares":
         _check_sharding(accelerator)
+    if strategy == "zero":
+        _check_zero(accelerator)
     return strategy
 
 
 _REASONS = {
-    "DEEPSPEED": "DeepSpeed's engine takes over backward, clipping and the optimizer's state, and keeps that state in "
-    "pickled files, which are not read here.",
     "MEGATRON_LM": "Megatron-LM brings model classes of its own, which have no GeGLU variants.",
 }
 
@@ -73,6 +96,41 @@ def _shard_on_cpu(accelerator: Any) -> None:
     accelerator.state.fsdp_plugin = plugin
     for state in (AcceleratorState, PartialState):  # the first is filled from the second again and again
         state._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def _know_each_other(accelerator: Any) -> None:
+    """accelerate counts processes on GPUs only, though DeepSpeed has connected them on a CPU too."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    if launched() > 1 and accelerator.num_processes == 1 and torch.distributed.is_initialized():
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["num_processes"] = torch.distributed.get_world_size()
+            state._shared_state["process_index"] = torch.distributed.get_rank()
+            state._shared_state["local_process_index"] = int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _check_zero(accelerator: Any) -> None:
+    plugin: Any = accelerator.state.deepspeed_plugin
+    config: Any = plugin.deepspeed_config
+    zero: Any = config.get("zero_optimization", {})
+    if plugin.zero_stage not in (1, 2):
+        raise ConfigurationError(
+            f"DeepSpeed with ZeRO stage {plugin.zero_stage}: expected 1 or 2. Stage 3 empties the weights between "
+            "forwards, which kernels, averages and verification need. Launch with scripts/accelerate/fsdp2.yaml, which "
+            "shares out the weights too, or write `zero_stage: 2`."
+        )
+    if accelerator.mixed_precision != "no":
+        raise ConfigurationError(
+            f"DeepSpeed with mixed precision {accelerator.mixed_precision}: expected none, since its engine would cast "
+            "the weights that are evaluated and saved. Use float32, or launch with scripts/accelerate/fsdp2.yaml."
+        )
+    offloaded = [name for name in zero if name.startswith("offload") and zero[name].get("device", "none") != "none"]
+    if offloaded or "optimizer" in config or "scheduler" in config:
+        given = [*offloaded, *(name for name in ("optimizer", "scheduler") if name in config)]
+        raise ConfigurationError(
+            f"DeepSpeed with {' and '.join(given)}: expected neither offloading nor an optimizer or schedule of its "
+            "own, since the recipe's flags say them. Take it out of the config file."
+        )
 
 
 def _check_sharding(accelerator: Any) -> None:

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_geglu.files.header import Entry, header_bytes, nbytes
-from hf_geglu.training.sharding import Share, is_shared, part_of, whole
+from hf_geglu.training.sharding import Spread, is_shared, part_of, whole
 
-Held: TypeAlias = Tensor | Share
-"""A tensor, shared or not, or the part of one."""
+Held: TypeAlias = Tensor | Spread
+"""A tensor, shared or not, or something that can be gathered to one."""
 
 
 class FilesTogether:
@@ -54,7 +54,7 @@ class FilesTogether:
         self.alone(path.write_bytes, header_bytes(entries, {"format": "pt"}))
         for _, tensor in ordered:
             if self._main or is_shared(tensor):
-                full = tensor.whole() if isinstance(tensor, Share) else whole(tensor)
+                full = whole(tensor) if isinstance(tensor, Tensor) else tensor.whole()
                 self.alone(_append, path, full)
 
     def finish(self) -> None:
