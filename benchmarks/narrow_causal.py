@@ -29,7 +29,7 @@ from hf_geglu.narrowing.settings import STAGES, NarrowSettings
 MEASURED = ("prose", "manuals")
 HELD_OUT = {"gpt2": 60, "smollm2": 24}
 """Blocks of each domain."""
-TOKENS = {"gpt2": (60_000, 300_000), "smollm2": (16_000, 16_000)}
+TOKENS = {"gpt2": (40_000, 200_000), "smollm2": (16_000, 16_000)}
 """Of calibration text, and of what healing trains on."""
 
 
