@@ -10,16 +10,18 @@ HEAD = """## Fewer neurons: {model}
 Lossy by nature; the full width is exact. Calibrated on sentences of {calibrated}; measured on {sentences} held-out
 sentences, half of them prose, half of *{other}*, a domain not calibrated on. *closed* chooses neurons and
 solves for the down projections, *local* trains every block by itself, *heal* trains the whole model on the original's
-outputs. The *dense control* went through the same without a value branch: what it reaches is not the gate's doing.
-After *closed* the value branch is constant still: that row is its own control.
+outputs. {control}
 
 """
+CONTROL = "The *dense control* went through the same without a value branch: what it reaches is not the gate's doing."
+OWN = "After *closed* the value branch is constant still: that row is its own dense control."
 
 CAUSAL = """## Fewer neurons: causal language models
 
 The same stages; KL and change of the negative log-likelihood in nats a token, against the original, on held-out blocks:
-prose (of the domains that the small GPT-2 was trained and calibrated on) and *manuals* (of none). SmolLM2 is gated
-before and after: it loses neurons only, and there is no dense control.
+prose (of the domains that the small GPT-2 was trained and calibrated on) and *manuals* (of none). That GPT-2 was not
+trained to its end: it does not fill its neurons, so losing a third of them says little about a model that does.
+{control}
 
 """
 
@@ -45,6 +47,7 @@ def section(record: Mapping[str, Any]) -> str:
         calibrated=", ".join(record["calibrated_on"]),
         sentences=record["held_out_sentences"],
         other=record["other"],
+        control=_control(record),
     )
     return text + _table(COLUMNS, [_row(row) for row in record["rows"]])
 
@@ -52,7 +55,13 @@ def section(record: Mapping[str, Any]) -> str:
 def causal_section(record: Mapping[str, Any]) -> str:
     """Markdown: of causal models."""
     lines = [_causal_row(row, domain) for row in record["rows"] for domain in row["domains"]]
-    return CAUSAL + _table(CAUSAL_COLUMNS, lines)
+    return CAUSAL.format(control=_control(record)) + _table(CAUSAL_COLUMNS, lines)
+
+
+def _control(record: Mapping[str, Any]) -> str:
+    """What is said of controls: of those that are on record."""
+    trained = any(not row["value_branch"] for row in record["rows"])
+    return f"{CONTROL} {OWN}" if trained else OWN
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
