@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import causal_tokenizer, lines, saved_model
+from tiny_training import causal_tokenizer, lines, llama
 
 from benchmarks.peers import __main__ as bench
 from benchmarks.peers import page
@@ -34,7 +34,9 @@ def _run(*, cpu: float, peak: int, batches: tuple[str, ...] = ("a", "b", "c")) -
 @pytest.mark.slow
 def test_recipe_and_sfttrainer_train_on_the_same_batches_with_the_same_losses(tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    folder = saved_model(tmp_path, "clm")
+    folder = tmp_path / "llama"  # of GPT-2 the Trainer counts a token a block too many (transformers 5.23)
+    llama().save_pretrained(folder)
+    causal_tokenizer().save_pretrained(folder)
     texts = write_texts(tmp_path, lines(40), causal_tokenizer(), block=BLOCK, draws=BATCH * STEPS)
     found = {}
     for side in (SFT, PLAIN):

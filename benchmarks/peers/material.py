@@ -39,7 +39,8 @@ def write_texts(folder: Path, documents: Sequence[str], tokenizer: Any, *, block
     for taken, document in enumerate(documents):  # noqa: B007 - what is left is needed
         text = f"{text}\n\n{document}" if text else document
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= block * draws:
+        # The recipe ends a document with a token of its own, which must not complete a block.
+        if len(ids) >= block * draws and (len(ids) + 1) % block:
             break
     else:
         raise ValueError(f"{len(ids)} tokens in {len(documents)} documents: expected {block * draws}")

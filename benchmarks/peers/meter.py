@@ -27,7 +27,7 @@ class Meter:
 
     Attributes:
         losses: of each step, what was handed to backward.
-        batches: SHA-256 of the input_ids of each step, the first 16 digits.
+        batches: SHA-256 of what is embedded first in each step, the input_ids, the first 16 digits.
         cpu, wall: seconds of each step from the second one on.
         loaded: bytes of the process once the model was loaded.
         peak: the highest of the process after that, up to the last step.
@@ -80,12 +80,15 @@ class Meter:
         self.loaded = status("VmRSS")
 
     def _embeds(self, ids: Tensor, *_: object) -> None:
+        if self._seen:  # position ids, or a further forward of the step
+            return
         if torch.is_grad_enabled() and type(ids) is Tensor and ids.device.type == "cpu":  # no search for blocks
             self._seen = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
     def _stepped(self, *_: object) -> None:
         now = time.process_time(), time.perf_counter()
         self.batches.append(self._seen)
+        self._seen = ""
         if self._before is not None:
             self.cpu.append(now[0] - self._before[0])
             self.wall.append(now[1] - self._before[1])
