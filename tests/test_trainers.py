@@ -248,3 +248,16 @@ def test_callback_refuses_a_decay_that_would_move_the_gates(tmp_path):
     arguments = _arguments(tmp_path / "out", max_steps=1, weight_decay=0.1)
     with pytest.raises(ConfigurationError, match=r"weight_decay=0\.1 would pull at the gate's half"):
         transformers.Trainer(model=model, args=arguments, callbacks=[GegluCallback(trainable="value")])
+
+
+def test_callback_refuses_shares_that_would_move_the_gates(tmp_path, monkeypatch):
+    from hf_geglu.errors import ConfigurationError
+    from hf_geglu.training.callback import GegluCallback
+
+    model = tiny("bert")
+    hf_geglu.convert(model)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments = _arguments(tmp_path / "out", max_steps=1)
+    with pytest.raises(ConfigurationError, match="FSDP"):
+        GegluCallback(trainable="value").on_init_end(arguments, None, None, model=model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -13,6 +13,7 @@ from hf_geglu.collapsing.config import base_class_of, collapsed_config
 from hf_geglu.collapsing.judge import Verdict, down_port
 from hf_geglu.collapsing.origin import Collapsed
 from hf_geglu.conversions import collapse, scale_neurons
+from hf_geglu.conversions.precision import all_finite
 from hf_geglu.errors import SurgeryError, WeightsError
 from hf_geglu.modeling_geglu import EXPOSED, WIDTH_NAMES, get_attribute, set_attribute
 from hf_geglu.sites import Site
@@ -38,7 +39,7 @@ def refuse_unready(model: nn.Module, paths: Sequence[str]) -> None:
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
                 raise SurgeryError(f"{path}.{name} is on the meta device and has no weights; load them first")
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            if parameter.is_floating_point() and not all_finite(parameter.detach()):
                 raise WeightsError(f"{path}.{name} holds NaN or infinite values; nothing was changed")
 
 

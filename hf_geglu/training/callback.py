@@ -5,6 +5,7 @@ Trainer(model=model, args=..., train_dataset=..., callbacks=[GegluCallback(train
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,11 +31,20 @@ class GegluCallback(TrainerCallback):  # type: ignore[misc]
         self._open = ExitStack()
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        """Freeze the rest. The Trainer makes its optimizer after this, of what is not frozen."""
+        """Freeze the rest. The Trainer makes its optimizer after this, of what is not frozen.
+
+        Raises:
+            ConfigurationError: trainable="value" where the gate's half of a packed projection would move all the same.
+        """
         if self._trainable == "value" and args.weight_decay:
             raise ConfigurationError(
                 f"weight_decay={args.weight_decay:g} would pull at the gate's half of packed projections too: expected "
                 "0 with trainable='value'. Set weight_decay=0, or use `hf-geglu finetune`, which spares them."
+            )
+        if self._trainable == "value" and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+            raise ConfigurationError(
+                "trainable='value' beside FSDP, whose shares drop the hooks that hold the gates still: expected "
+                "one process or DDP, or `hf-geglu finetune --train value`, which holds them under FSDP2 too."
             )
         self._open.enter_context(choose_trainable(model, self._trainable).only(model))
 
