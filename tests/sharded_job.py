@@ -30,7 +30,12 @@ from hf_geglu.training.accelerator import make_accelerator
 from hf_geglu.training.adapters import adapted
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
-MODELS = {"gpt2": gpt2, "llama": llama, "bert": bert}
+MODELS = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "bert": bert,
+    "opt": lambda: tiny("opt", vocab_size=VOCABULARY, dropout=0.0),  # processes draw other numbers than one would
+}
 WAYS = {
     "copies": {},
     "shares": {
@@ -172,6 +177,8 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     for kind in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", kind)
+    # OPT's layer ends in a view, which nobody writes to
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     run_all([Job(**job) for job in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
