@@ -257,7 +257,8 @@ def test_a_fitted_conversion_goes_back_in_its_own_process_only(tmp_path, model_t
             a=1 + torch.rand(entry.site.width, generator=generator),
             b=0.1,
             beta=torch.rand(entry.site.width, generator=generator),
-            down=torch.randn(entry.site.d_out, entry.site.width, generator=generator),
+            left=torch.randn(entry.site.d_out, 3, generator=generator),
+            right=torch.randn(3, entry.site.width, generator=generator),
         )
         for entry in plan.sites
     }

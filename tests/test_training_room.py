@@ -137,7 +137,12 @@ def test_a_recipe_that_meets_the_largest_size_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("".join(line + "\n" for line in lines(80)))
     flags = "--model gpt2 --train_file text.txt --block_size 16 --output_dir out --use_cpu --save_steps 2"
     flags += " --max_steps 4 --lr_scheduler_type constant --validation_split_percentage 0 --convert"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+    }
 
     def run(limit: int, when: str, *more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 _ANY = r"(?:/[\w.+@~-]+)*"
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(rf"{_ANY}/(?:site|dist)-packages/"), ""),
-    (re.compile(rf"{re.escape(tempfile.gettempdir())}/[\w.-]+(?:/[\w-]+)?|{_ANY}/sweep-\w+(?:/[\w-]+)?"), "/FOLDER"),
     (re.compile(rf"{re.escape(str(ROOT))}/?"), ""),
+    (re.compile(rf"{re.escape(tempfile.gettempdir())}/[\w.-]+(?:/[\w-]+)?|{_ANY}/sweep-\w+(?:/[\w-]+)?"), "/FOLDER"),
     (re.compile(rf"{re.escape(str(Path.home()))}(?=/)"), "~"),
 )
 
