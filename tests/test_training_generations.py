@@ -14,8 +14,6 @@ from tiny_training import gpt2, interrupted, one_thread, same_weights, snapshot 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-import datasets
-import huggingface_hub
 import transformers
 
 from hf_geglu.errors import ConfigurationError
@@ -28,15 +26,7 @@ from hf_geglu.training.run import finetune
 RUN = "--max_steps 3 --save_steps 2 --per_device_train_batch_size 3 --learning_rate 1e-2 --use_cpu --convert"
 ASK = ["--generation_max_new_tokens", "8", "--sample_prompts", "the quick brown", "a gated"]
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return here
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def run(task: Any, flags: list[str], *more: str, out: str = "out") -> RunResult:

@@ -25,8 +25,6 @@ from tiny_training import (  # noqa: F401
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-import datasets
-import huggingface_hub
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_geglu.errors import (
@@ -51,17 +49,12 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(place: Path) -> Path:
     """A folder with two models and a text, which is also the current one."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    saved_model(here / "gpt2", "clm")
-    saved_model(here / "bert", "mlm")
-    (here / "text.txt").write_text("".join(line + "\n" for line in lines(80)))
-    return here
+    saved_model(place / "gpt2", "clm")
+    saved_model(place / "bert", "mlm")
+    (place / "text.txt").write_text("".join(line + "\n" for line in lines(80)))
+    return place
 
 
 MODEL = {"model_name_or_path", "convert", "control", "variant", "layers", "tokenizer_name"}

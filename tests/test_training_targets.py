@@ -16,8 +16,6 @@ from tiny_training import one_thread, snapshot  # noqa: F401
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
-import datasets
-import huggingface_hub
 from transformers import AutoModelForSequenceClassification
 
 from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
@@ -30,15 +28,7 @@ from hf_geglu.training.run import finetune
 TASK = "text_classification"
 RUN = "--max_steps 4 --save_steps 2 --eval_steps 2 --per_device_train_batch_size 3 --learning_rate 1e-2 --use_cpu"
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return here
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def write(task: str, values: list[Any], name: str = "label") -> None:

@@ -149,7 +149,7 @@ def convert_checkpoint(
         model_class=model_class,
         trust_remote_code=trust_remote_code,
     )
-    with said_when_full(place), open_checkpoint(weights) as stored, tempfile.TemporaryDirectory() as scratch:
+    with said_when_full(_full(place)), open_checkpoint(weights) as stored, tempfile.TemporaryDirectory() as scratch:
         drawn = draw(folder, stored, wish, papers=Path(scratch))
         code = drawn.plan.tier == "native" and trust_remote_code
         work = _Work(
@@ -166,7 +166,7 @@ def convert_checkpoint(
         with workplace(place) as here:
             job = Job(here, mark, work.shards)
             try:
-                with said_when_full(place):
+                with said_when_full(_full(place)):
                     report, resumed = _carry_out(work, job, overwrite, progress)
             except OutputError:
                 if len(job.pending()) == len(job.shards):
@@ -267,3 +267,11 @@ def _counter(total: int, left: int, progress: Progress | None) -> Callable[[int]
 
 def _indices(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("*.index.json")]
+
+
+def _full(place: Path) -> Callable[[str], OutputError]:
+    """The error of a folder that there is no room for, given the words of the system."""
+    return lambda reason: OutputError(
+        f"no room to write {place.name} ({reason}). Make room, or choose another place, and run the same "
+        "command again: it goes on where it stopped"
+    )

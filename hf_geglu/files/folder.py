@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +119,11 @@ def whole_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
 
 
 @contextmanager
-def said_when_full(folder: Path) -> Iterator[None]:
+def said_when_full(say: Callable[[str], OutputError]) -> Iterator[None]:
     """Turn the system's refusal to write more into a sentence.
+
+    Args:
+        say: the error, given the words of the system.
 
     Raises:
         OutputError: the disk, the quota or the largest size of a file is exhausted.
@@ -131,10 +134,7 @@ def said_when_full(folder: Path) -> Iterator[None]:
         reason = why_full(error)
         if reason is None:
             raise
-        raise OutputError(
-            f"no room to write {folder.name} ({reason}). Make room, or choose another place, and run the same "
-            "command again: it goes on where it stopped"
-        ) from error
+        raise say(reason) from error
 
 
 def why_full(error: BaseException) -> str | None:

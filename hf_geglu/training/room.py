@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hf_geglu.errors import OutputError
-from hf_geglu.files.folder import why_full
+from hf_geglu.files.folder import said_when_full, why_full
 from hf_geglu.training.state import TrainingState
 from hf_geglu.training.tensor_file import Held
 
@@ -55,20 +55,13 @@ def no_room(what: str, folder: Path, *, needed: int | None, reason: str, then: s
     )
 
 
-@contextmanager
-def room_for(what: str, folder: Path, *, needed: int | None = None, then: str) -> Iterator[None]:
+def room_for(what: str, folder: Path, *, needed: int | None = None, then: str) -> AbstractContextManager[None]:
     """Raise `no_room` where the block runs out of it.
 
     Raises:
         OutputError: it does.
     """
-    try:
-        yield
-    except Exception as error:
-        reason = why_full(error)
-        if reason is None:
-            raise
-        raise no_room(what, folder, needed=needed, reason=reason, then=then) from error
+    return said_when_full(lambda reason: no_room(what, folder, needed=needed, reason=reason, then=then))
 
 
 def in_all_or_none(
