@@ -41,7 +41,7 @@ CASES = {
 IMPORTED = (
     *("torch", "datasets", "accelerate", "peft", "matplotlib.pyplot", "transformers.models.gpt2.modeling_gpt2"),
     *("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert", "hf_geglu.hub"),
-    *("hf_geglu.training.command_line", "hf_geglu.training.picture"),
+    *("hf_geglu.training.command_line", "hf_geglu.training.reports.picture"),
 )
 ALLOWED = 0.15
 RUN = "--max_steps 3 --save_steps 2 --max_eval_samples 12 --eval_steps 2 --use_cpu --logging_steps 0"

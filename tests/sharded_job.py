@@ -25,9 +25,10 @@ from tiny_training import VOCABULARY, bert, gpt2, llama, random_blocks
 
 import hf_geglu
 from hf_geglu.optimizing import running
-from hf_geglu.training import CausalLM, CheckpointFolder, MaskedLM, TrainSettings, head, train
-from hf_geglu.training.accelerator import make_accelerator
-from hf_geglu.training.adapters import adapted
+from hf_geglu.training import CausalLM, CheckpointFolder, MaskedLM, TrainSettings, train
+from hf_geglu.training.objectives import head
+from hf_geglu.training.parameters.adapters import adapted
+from hf_geglu.training.processes.accelerator import make_accelerator
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 MODELS = {

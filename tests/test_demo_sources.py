@@ -24,7 +24,7 @@ from hf_geglu.demo.gguf_llama import GgufLlama
 from hf_geglu.demo.weights import PackagedModel, model_folder
 from hf_geglu.demo.wheels import Wheel
 from hf_geglu.errors import DataError, WeightsError
-from hf_geglu.training.picture import loss_curves, spread
+from hf_geglu.training.reports.picture import loss_curves, spread
 
 gguf = pytest.importorskip("gguf")
 

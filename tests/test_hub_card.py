@@ -20,7 +20,7 @@ from hf_geglu.hub.papers import amend
 from hf_geglu.hub.privacy import find_secrets, find_traces
 from hf_geglu.provenance import Base, LedgerRow, Provenance, TrainingRecord
 from hf_geglu.training.run import finetune
-from hf_geglu.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
+from hf_geglu.training.settings.run import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 
 LEDGER = (
     LedgerRow(name="original", nll=3.3361, perplexity=28.11),

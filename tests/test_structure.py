@@ -43,18 +43,35 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
+# The same inside the largest room, in the order of a run read backwards.
+TRAINING_LAYERS = [
+    ["settings", "objectives", "parser", "memory"],
+    ["data", "processes", "config_file"],
+    ["parameters", "evaluation", "tasks"],
+    ["updates", "reports", "opening", "distillation", "leak", "callback"],
+    ["checkpoints", "best"],
+    ["loop", "output"],
+    ["outset"],
+    ["forecast", "run"],
+    ["command_line"],
+]
 
-def _imports(path):
+
+def _imports(path, package="hf_geglu"):
+    """Names of the rooms of `package` that a file imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hf_geglu"):
-            parts = node.module.split(".")
-            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{package}."):
+            yield node.module.removeprefix(f"{package}.").split(".")[0]
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hf_geglu."))
+            for alias in node.names:
+                if alias.name.startswith(f"{package}."):
+                    yield alias.name.removeprefix(f"{package}.").split(".")[0]
 
 
-def _room(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def _room(path, folder=PACKAGE):
+    return path.relative_to(folder).parts[0].removesuffix(".py")
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -67,6 +84,15 @@ def test_imports_go_one_way(path):
     for target in _imports(path):
         if target != room and target in RANK:
             assert RANK[target] < RANK[room], f"{room} imports {target}, which stands above it"
+
+
+def test_imports_go_one_way_inside_training():
+    rank = {name: rank for rank, names in enumerate(TRAINING_LAYERS) for name in names}
+    training = PACKAGE / "training"
+    for path in (path for path in training.rglob("*.py") if path != training / "__init__.py"):
+        room = _room(path, training)
+        for target in _imports(path, "hf_geglu.training"):
+            assert target == room or rank[target] < rank[room], f"{room} imports {target}, which stands above it"
 
 
 def test_the_file_that_travels_needs_torch_and_transformers_only():

@@ -189,7 +189,7 @@ def _told_of_values(trainer, times):
 @pytest.mark.parametrize("model_type", ["gpt2", "bert"])
 def test_callback_trains_the_value_branch_alone_and_tells_of_it(tmp_path, model_type):
     from hf_geglu.training.callback import GegluCallback
-    from hf_geglu.training.trainable import value_masks
+    from hf_geglu.training.parameters.trainable import value_masks
 
     model = tiny(model_type)
     hf_geglu.convert(model)
@@ -207,7 +207,7 @@ def test_callback_trains_the_value_branch_alone_and_tells_of_it(tmp_path, model_
 def test_callback_in_sfttrainer(tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from hf_geglu.training.callback import GegluCallback
-    from hf_geglu.training.trainable import value_masks
+    from hf_geglu.training.parameters.trainable import value_masks
 
     folder = _saved(tmp_path, "gpt2")
     tokenizer = _tokenizer(folder)

@@ -15,8 +15,8 @@ pytest.importorskip("peft")
 import hf_geglu
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training import CheckpointFolder, MaskedLM, TrainSettings, train
-from hf_geglu.training.adapters import adapted
-from hf_geglu.training.trainable import choose_trainable
+from hf_geglu.training.parameters.adapters import adapted
+from hf_geglu.training.parameters.trainable import choose_trainable
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 

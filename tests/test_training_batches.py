@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hf_geglu.errors import ConfigurationError, DataError
 from hf_geglu.training import CausalLM, TrainSettings
-from hf_geglu.training.batches import BatchShape, draws, epoch_order, eval_batches, step_batches, step_count
-from hf_geglu.training.objectives import IGNORED
+from hf_geglu.training.data.batches import BatchShape, draws, epoch_order, eval_batches, step_batches, step_count
+from hf_geglu.training.objectives.objective import IGNORED
 
 shapes = st.builds(BatchShape, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 

@@ -48,7 +48,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_lower_limit_makes_room_before_it_takes_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_geglu.training import checkpoint
+    from hf_geglu.training.checkpoints import checkpoint
 
     run(gpt2(), CheckpointFolder(tmp_path, keep=0), max_steps=4, save_steps=1, lr_scheduler_type="constant")
     (tmp_path / ".checkpoint-9.old").mkdir()  # a process was killed while it removed this
@@ -70,7 +70,7 @@ def test_numbers_are_sorted_as_numbers_and_drafts_are_none(tmp_path: Path) -> No
 
 
 def test_a_failure_while_writing_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_geglu.training import checkpoint
+    from hf_geglu.training.checkpoints import checkpoint
 
     real, calls = checkpoint.save_generators, []
 

@@ -21,7 +21,7 @@ import huggingface_hub
 
 from hf_geglu.errors import DataError
 from hf_geglu.training import DataSettings, MapBlocks, TokenBlocks
-from hf_geglu.training.corpus import Corpus, find_text_column, load_corpus
+from hf_geglu.training.data.corpus import Corpus, find_text_column, load_corpus
 
 # datasets 4 leaves csv files to the garbage collector
 pytestmark = [

@@ -15,7 +15,7 @@ from hf_geglu.training import CausalLM, TrainSettings
 from hf_geglu.training import forecast as room
 from hf_geglu.training.best import BestModel
 from hf_geglu.training.forecast import Forecast, forecast
-from hf_geglu.training.records import EvalRecord
+from hf_geglu.training.reports.records import EvalRecord
 
 
 def settings(**changed: Any) -> TrainSettings:

@@ -19,8 +19,8 @@ import transformers
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training import RunResult
 from hf_geglu.training.command_line import main, parse
-from hf_geglu.training.generations import Prompt, Sampler
 from hf_geglu.training.outset import set_out
+from hf_geglu.training.reports.generations import Prompt, Sampler
 from hf_geglu.training.run import finetune
 
 RUN = "--max_steps 3 --save_steps 2 --per_device_train_batch_size 3 --learning_rate 1e-2 --use_cpu --convert"

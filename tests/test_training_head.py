@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 
 from hf_geglu.training import CausalLM, CheckpointFolder, MaskedLM, TrainSettings, evaluate, train
 from hf_geglu.training.evaluation import summed_nll
-from hf_geglu.training.head import Head, NoHead, find_head
+from hf_geglu.training.objectives.head import Head, NoHead, find_head
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 CAPPED = {"final_logit_softcapping": 7.0}

@@ -16,11 +16,11 @@ from torch import nn
 
 import hf_geglu
 from hf_geglu.training import CausalLM, MaskedLM, TrainSettings, evaluate, train
-from hf_geglu.training.bestfit import Documents, best_fit, fitted
-from hf_geglu.training.isolation import Isolation, document_mask, filled_up, is_token
+from hf_geglu.training.data.bestfit import Documents, best_fit, fitted
+from hf_geglu.training.data.packing import Packing, Tally
 from hf_geglu.training.leak import find_isolation
-from hf_geglu.training.objectives import IGNORED, token_count
-from hf_geglu.training.packing import Packing, Tally
+from hf_geglu.training.objectives.isolation import Isolation, document_mask, filled_up, is_token
+from hf_geglu.training.objectives.objective import IGNORED, token_count
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=40)
 

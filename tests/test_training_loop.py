@@ -28,8 +28,8 @@ from hf_geglu.training import (
     evaluate,
     train,
 )
-from hf_geglu.training.objectives import IGNORED
-from hf_geglu.training.optimizer import make_optimizer, make_scheduler
+from hf_geglu.training.objectives.objective import IGNORED
+from hf_geglu.training.updates.optimizer import make_optimizer, make_scheduler
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 

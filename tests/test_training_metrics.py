@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_geglu.training.metrics import ClassMetric, EntityMetric, TokenAccuracy, entities, entity_names
+from hf_geglu.training.objectives.metrics import ClassMetric, EntityMetric, TokenAccuracy, entities, entity_names
 
 IGNORED = -100
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)

@@ -8,7 +8,7 @@ from tiny_training import causal_tokenizer, masked_tokenizer
 
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training import CausalLM, MaskedLM, objective_for
-from hf_geglu.training.objectives import IGNORED
+from hf_geglu.training.objectives.objective import IGNORED
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.15, pad_token_id=5)
 

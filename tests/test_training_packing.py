@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from hf_geglu.errors import ConfigurationError, DataError
 from hf_geglu.training import TokenBlocks, blocks_from_texts
-from hf_geglu.training.packing import Packing, Tally, pack, packing_for, tokenise
+from hf_geglu.training.data.packing import Packing, Tally, pack, packing_for, tokenise
 
 documents = st.lists(st.lists(st.integers(10, 99), max_size=12), max_size=12)
 around = st.lists(st.integers(1, 9), max_size=2).map(tuple)

@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn import functional
 
 from hf_geglu.errors import ConfigurationError, TrainingError
-from hf_geglu.training.accelerator import make_accelerator
-from hf_geglu.training.averaging import WeightAverage
 from hf_geglu.training.best import BestModel
-from hf_geglu.training.clipping import clip_gradients
 from hf_geglu.training.distillation import Distillation
-from hf_geglu.training.objectives import CausalLM
-from hf_geglu.training.records import EvalRecord
-from hf_geglu.training.settings import TrainSettings
+from hf_geglu.training.objectives.objective import CausalLM
+from hf_geglu.training.processes.accelerator import make_accelerator
+from hf_geglu.training.reports.records import EvalRecord
+from hf_geglu.training.settings.run import TrainSettings
+from hf_geglu.training.updates.averaging import WeightAverage
+from hf_geglu.training.updates.clipping import clip_gradients
 
 
 def moved(model: torch.nn.Module, seed: int) -> None:

@@ -17,9 +17,11 @@ pytest.importorskip("accelerate")
 
 from hf_geglu.errors import OutputError, TrainingError
 from hf_geglu.files.folder import why_full
-from hf_geglu.training import CheckpointFolder, TrainSettings, generators, tensor_file, train
-from hf_geglu.training import checkpoint as room
-from hf_geglu.training.progress import FILE
+from hf_geglu.training import CheckpointFolder, TrainSettings, train
+from hf_geglu.training.checkpoints import checkpoint as room
+from hf_geglu.training.checkpoints import generators
+from hf_geglu.training.checkpoints.progress import FILE
+from hf_geglu.training.processes import tensor_file
 
 SETTINGS = TrainSettings(max_steps=6, save_steps=2, learning_rate=1e-2, lr_scheduler_type="constant", use_cpu=True)
 

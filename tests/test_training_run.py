@@ -37,8 +37,8 @@ from hf_geglu.errors import (
     VariantError,
 )
 from hf_geglu.training import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
-from hf_geglu.training.log import to_json
 from hf_geglu.training.opening import choose_block_size
+from hf_geglu.training.reports.log import to_json
 from hf_geglu.training.run import finetune
 
 # datasets 4 leaves csv files to the garbage collector
@@ -341,7 +341,7 @@ def test_curves_stand_beside_the_logs_and_on_the_card(place: Path) -> None:
 
 
 def test_curves_go_on_after_a_resume(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_geglu.training import curves
+    from hf_geglu.training.reports import curves
 
     drawn: list[dict[str, list[tuple[int, float]]]] = []
     draw = curves.loss_curves

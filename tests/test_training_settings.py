@@ -14,7 +14,7 @@ from hf_geglu.errors import ConfigurationError
 from hf_geglu.training import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 from hf_geglu.training.command_line import NOT_NEEDED, main, parse
 from hf_geglu.training.config_file import replayable
-from hf_geglu.training.log import to_json
+from hf_geglu.training.reports.log import to_json
 from hf_geglu.training.tasks import TASKS
 
 NEEDED = ["--model_name_or_path", "gpt2", "--train_file", "a.txt", "--output_dir", "out"]

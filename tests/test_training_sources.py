@@ -17,10 +17,10 @@ import torch
 
 from hf_geglu.errors import ConfigurationError, DataError
 from hf_geglu.training import DataSettings
-from hf_geglu.training import tokenised as cache
-from hf_geglu.training.batches import draws
-from hf_geglu.training.corpus import Corpus, load_corpus
-from hf_geglu.training.mixture import Ingredient
+from hf_geglu.training.data import tokenised as cache
+from hf_geglu.training.data.batches import draws
+from hf_geglu.training.data.corpus import Corpus, load_corpus
+from hf_geglu.training.data.mixture import Ingredient
 
 pytestmark = pytest.mark.usefixtures("place")
 

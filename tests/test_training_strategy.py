@@ -14,9 +14,9 @@ pytest.importorskip("accelerate")
 
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training import TrainSettings
-from hf_geglu.training.accelerator import make_accelerator
-from hf_geglu.training.sharded_model import _layers, _ties, share_out
-from hf_geglu.training.strategy import settle_strategy, stay_on_cpu
+from hf_geglu.training.processes.accelerator import make_accelerator
+from hf_geglu.training.processes.sharded_model import _layers, _ties, share_out
+from hf_geglu.training.processes.strategy import settle_strategy, stay_on_cpu
 
 PLUGIN = {
     "fsdp_version": 2,

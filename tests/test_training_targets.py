@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
 from hf_geglu.training import RunResult, evaluate
 from hf_geglu.training.command_line import main, parse
-from hf_geglu.training.metrics import LabelMetric, NumberMetric
+from hf_geglu.training.objectives.metrics import LabelMetric, NumberMetric
 from hf_geglu.training.outset import set_out
 from hf_geglu.training.run import finetune
 

@@ -14,8 +14,8 @@ pytest.importorskip("accelerate")
 import hf_geglu
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training import CausalLM, MaskedLM, TrainSettings, train
-from hf_geglu.training.optimizer import rate_factors
-from hf_geglu.training.trainable import choose_trainable, value_masks
+from hf_geglu.training.parameters.trainable import choose_trainable, value_masks
+from hf_geglu.training.updates.optimizer import rate_factors
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 

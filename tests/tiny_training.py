@@ -146,7 +146,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def interrupted(run: Callable[[], Any], *, after: int) -> None:
     """Run until a step has been logged, then stop as Ctrl-C would."""
-    from hf_geglu.training.log import RunLog
+    from hf_geglu.training.reports.log import RunLog
 
     real = RunLog.step
 

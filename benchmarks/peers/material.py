@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_geglu.training.batches import epoch_order
+from hf_geglu.training.data.batches import epoch_order
 
 SEED = 42
 """Of the recipe, which shuffles by it; the others are handed that order."""

@@ -3,7 +3,7 @@
 All sides have the same weights, batch, attention and fused AdamW. "eager HF" is the model's own loss; "torch.compile"
 the same with each layer compiled, so that one compilation serves all of them (whole, 30 layers would take minutes, and
 were no faster: 1.04 of eager at four layers, where layer by layer it was .99); ours is `hf_geglu.optimize` and the loss
-in the output projection (`hf_geglu.training.head`). Liger runs on CUDA only and is a side of `block` there.
+in the output projection (`hf_geglu.training.objectives.head`). Liger runs on CUDA only and is a side of `block` there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hf_geglu
 from benchmarks.speed.clock import interleaved, ratios
 from benchmarks.speed.memory import peak_bytes, saved_bytes
-from hf_geglu.training.head import Head, find_head
+from hf_geglu.training.objectives.head import Head, find_head
 
 EAGER = "eager HF"
 COMPILED = "torch.compile"

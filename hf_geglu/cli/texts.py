@@ -66,9 +66,9 @@ def _blocks(data: Sequence[str], tokenizer: Any, task: Any, *, size: int, count:
     from pathlib import Path
 
     from hf_geglu.demo.text import stdlib_corpus
-    from hf_geglu.training.corpus import load_corpus
-    from hf_geglu.training.packing import blocks_from_texts
-    from hf_geglu.training.settings import DataSettings
+    from hf_geglu.training.data.corpus import load_corpus
+    from hf_geglu.training.data.packing import blocks_from_texts
+    from hf_geglu.training.settings.run import DataSettings
 
     if list(data) == [BUILT_IN]:
         found: Any = blocks_from_texts(stdlib_corpus().held_out, tokenizer, block_size=size, task=task)[0]

@@ -46,8 +46,8 @@ from hf_geglu.training import (
     objective_for,
     train,
 )
-from hf_geglu.training.lineage import tokens_sha256
-from hf_geglu.training.picture import loss_curves
+from hf_geglu.training.reports.lineage import tokens_sha256
+from hf_geglu.training.reports.picture import loss_curves
 
 BLOCK_SIZE = 128
 """Tokens a block: short ones leave a CPU more steps in the same time."""

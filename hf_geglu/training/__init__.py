@@ -3,15 +3,15 @@
 Importing this needs torch only; accelerate is imported when training starts, datasets when a dataset is read.
 """
 
-from hf_geglu.training.batches import Blocks, MapBlocks
-from hf_geglu.training.checkpoint import CheckpointFolder
+from hf_geglu.training.checkpoints.checkpoint import CheckpointFolder
+from hf_geglu.training.data.batches import Blocks, MapBlocks
+from hf_geglu.training.data.packing import TokenBlocks, blocks_from_texts
 from hf_geglu.training.evaluation import EvalResult, evaluate
 from hf_geglu.training.loop import train
-from hf_geglu.training.objectives import CausalLM, LanguageTask, MaskedLM, Objective, Task, objective_for
-from hf_geglu.training.packing import TokenBlocks, blocks_from_texts
-from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
+from hf_geglu.training.objectives.objective import CausalLM, LanguageTask, MaskedLM, Objective, Task, objective_for
+from hf_geglu.training.reports.records import EvalRecord, StepRecord, TrainResult
 from hf_geglu.training.run import RunResult, finetune
-from hf_geglu.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
+from hf_geglu.training.settings.run import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 
 __all__ = [
     "Blocks",

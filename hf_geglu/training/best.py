@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from hf_geglu.errors import TrainingError
-from hf_geglu.training.records import EvalRecord
-from hf_geglu.training.sharding import held, share
-from hf_geglu.training.tensor_file import Held, Source, part
+from hf_geglu.training.processes.sharding import held, share
+from hf_geglu.training.processes.tensor_file import Held, Source, part
+from hf_geglu.training.reports.records import EvalRecord
 
 
 class BestModel:

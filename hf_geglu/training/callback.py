@@ -14,7 +14,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.inspecting.place import gate_rows, places, value_rows
-from hf_geglu.training.trainable import Part, choose_trainable
+from hf_geglu.training.parameters.trainable import Part, choose_trainable
 
 
 class GegluCallback(TrainerCallback):  # type: ignore[misc]

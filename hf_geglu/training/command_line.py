@@ -14,10 +14,10 @@ from typing import Any
 from hf_geglu.errors import ConfigurationError, HfGegluError
 from hf_geglu.training.config_file import config_words
 from hf_geglu.training.forecast import forecast_run
-from hf_geglu.training.objectives import Task
+from hf_geglu.training.objectives.objective import Task
 from hf_geglu.training.parser import Parser, fields_of, make_parser, names
 from hf_geglu.training.run import finetune
-from hf_geglu.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
+from hf_geglu.training.settings.run import DataSettings, ModelSettings, OutputSettings, RunSettings, TrainSettings
 
 NOT_NEEDED = {
     "--do_train": "a run always trains",

@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.training.parser import fields_of
-from hf_geglu.training.settings import RunSettings
+from hf_geglu.training.settings.run import RunSettings
 
 GROUPS = ("model", "data", "train", "output")
 TASK = "task"

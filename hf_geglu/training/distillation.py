@@ -18,7 +18,7 @@ from torch.nn import functional
 from hf_geglu.errors import ConfigurationError
 from hf_geglu.modes import evaluating
 from hf_geglu.training.evaluation import logits_of
-from hf_geglu.training.objectives import IGNORED, Batch
+from hf_geglu.training.objectives.objective import IGNORED, Batch
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hf_geglu.errors import DataError
 from hf_geglu.modes import evaluating
-from hf_geglu.training.batches import MapBlocks, eval_batches
-from hf_geglu.training.head import Head, NoHead, find_head, logits_in
-from hf_geglu.training.objectives import IGNORED, Batch, CausalLM, Objective, predicted
+from hf_geglu.training.data.batches import MapBlocks, eval_batches
+from hf_geglu.training.objectives.head import Head, NoHead, find_head, logits_in
+from hf_geglu.training.objectives.objective import IGNORED, Batch, CausalLM, Objective, predicted
 
 EVAL_SEED = 20200212
 """Masks of an evaluation are always the same, so that evaluations can be compared (the day of arXiv:2002.05202)."""

@@ -17,16 +17,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_geglu.errors import ConfigurationError
-from hf_geglu.training.adapters import adapted
-from hf_geglu.training.batches import Blocks, MapBlocks
+from hf_geglu.training.data.batches import Blocks, MapBlocks
 from hf_geglu.training.evaluation import evaluate
-from hf_geglu.training.log import clock
 from hf_geglu.training.loop import train
 from hf_geglu.training.memory import peak_memory
-from hf_geglu.training.objectives import Objective, Task
+from hf_geglu.training.objectives.objective import Objective, Task
 from hf_geglu.training.outset import ConvertFn, set_out
-from hf_geglu.training.settings import RunSettings, TrainSettings
-from hf_geglu.training.trainable import choose_trainable
+from hf_geglu.training.parameters.adapters import adapted
+from hf_geglu.training.parameters.trainable import choose_trainable
+from hf_geglu.training.reports.log import clock
+from hf_geglu.training.settings.run import RunSettings, TrainSettings
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_geglu.modes import evaluating
 from hf_geglu.training.evaluation import without_cache
-from hf_geglu.training.isolation import Form, Isolation, isolated
+from hf_geglu.training.objectives.isolation import Form, Isolation, isolated
 
 logger = logging.getLogger(__name__)
 

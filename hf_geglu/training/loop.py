@@ -22,27 +22,27 @@ from torch import nn
 
 from hf_geglu.errors import ConfigurationError, TrainingError
 from hf_geglu.modes import in_mode
-from hf_geglu.training.accelerator import make_accelerator, without_marks
-from hf_geglu.training.averaging import WeightAverage
-from hf_geglu.training.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
 from hf_geglu.training.best import BestModel
-from hf_geglu.training.checkpoint import CheckpointFolder
+from hf_geglu.training.checkpoints.checkpoint import CheckpointFolder
+from hf_geglu.training.checkpoints.generators import seed_generators
+from hf_geglu.training.checkpoints.progress import Progress
+from hf_geglu.training.checkpoints.state import TrainingState, fingerprint
+from hf_geglu.training.data.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
 from hf_geglu.training.distillation import Distillation
 from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
-from hf_geglu.training.generators import seed_generators
-from hf_geglu.training.head import Head, NoHead, find_head
-from hf_geglu.training.objectives import Batch, CausalLM, Objective, token_count
-from hf_geglu.training.objectives import predicted as is_predicted
-from hf_geglu.training.optimizer import AdamState, make_optimizer, make_scheduler, scale_value_updates
-from hf_geglu.training.preparing import cast_weights, gradient_checkpointing, with_kernels
-from hf_geglu.training.progress import Progress
-from hf_geglu.training.records import EvalRecord, StepRecord, TrainResult
-from hf_geglu.training.settings import TrainSettings
-from hf_geglu.training.sharded_model import reshard, share_out, shares_the_model, whole_again
-from hf_geglu.training.state import TrainingState, fingerprint
-from hf_geglu.training.stepping import Stepping, make_stepping
-from hf_geglu.training.trainable import choose_trainable, value_masks
-from hf_geglu.training.zero import ZeroState, uses_zero
+from hf_geglu.training.objectives.head import Head, NoHead, find_head
+from hf_geglu.training.objectives.objective import Batch, CausalLM, Objective, token_count
+from hf_geglu.training.objectives.objective import predicted as is_predicted
+from hf_geglu.training.parameters.preparing import cast_weights, gradient_checkpointing, with_kernels
+from hf_geglu.training.parameters.trainable import choose_trainable, value_masks
+from hf_geglu.training.processes.accelerator import make_accelerator, without_marks
+from hf_geglu.training.processes.sharded_model import reshard, share_out, shares_the_model, whole_again
+from hf_geglu.training.reports.records import EvalRecord, StepRecord, TrainResult
+from hf_geglu.training.settings.run import TrainSettings
+from hf_geglu.training.updates.averaging import WeightAverage
+from hf_geglu.training.updates.optimizer import AdamState, make_optimizer, make_scheduler, scale_value_updates
+from hf_geglu.training.updates.stepping import Stepping, make_stepping
+from hf_geglu.training.updates.zero import ZeroState, uses_zero
 
 logger = logging.getLogger(__name__)
 

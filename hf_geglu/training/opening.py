@@ -12,8 +12,8 @@ from torch import nn
 
 from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
 from hf_geglu.hub import load
-from hf_geglu.training.corpus import Corpus
-from hf_geglu.training.settings import ModelSettings
+from hf_geglu.training.data.corpus import Corpus
+from hf_geglu.training.settings.run import ModelSettings
 from hf_geglu.training.tasks import TaskKind
 
 DEFAULT_BLOCK_SIZE = 1024

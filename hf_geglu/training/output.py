@@ -12,10 +12,10 @@ from typing import Any
 
 from hf_geglu.errors import OutputError, TrainingError
 from hf_geglu.provenance import TrainingRecord
-from hf_geglu.training.checkpoint import CheckpointFolder
-from hf_geglu.training.progress import read_progress
-from hf_geglu.training.room import room_for, weight_bytes
-from hf_geglu.training.settings import LATEST, OutputSettings
+from hf_geglu.training.checkpoints.checkpoint import CheckpointFolder
+from hf_geglu.training.checkpoints.progress import read_progress
+from hf_geglu.training.checkpoints.room import room_for, weight_bytes
+from hf_geglu.training.settings.run import LATEST, OutputSettings
 
 logger = logging.getLogger(__name__)
 

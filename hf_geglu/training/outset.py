@@ -15,12 +15,10 @@ from typing import Any
 from torch import nn
 
 from hf_geglu.errors import ConfigurationError
-from hf_geglu.training.accelerator import check_trackers, make_accelerator
-from hf_geglu.training.batches import BatchShape, step_count
-from hf_geglu.training.corpus import Corpus
-from hf_geglu.training.generations import Sampler, sampler_for
+from hf_geglu.training.data.batches import BatchShape, step_count
+from hf_geglu.training.data.corpus import Corpus
 from hf_geglu.training.leak import find_isolation
-from hf_geglu.training.objectives import CausalLM, MaskedLM, Objective, Task
+from hf_geglu.training.objectives.objective import CausalLM, MaskedLM, Objective, Task
 from hf_geglu.training.opening import (
     check_positions,
     check_vocabulary,
@@ -30,11 +28,13 @@ from hf_geglu.training.opening import (
     load_processor,
     set_padding,
 )
-from hf_geglu.training.optimizer import make_optimizer, make_scheduler
 from hf_geglu.training.output import RunFolder, check_output
-from hf_geglu.training.settings import ModelSettings, RunSettings, TrainSettings
+from hf_geglu.training.parameters.trainable import choose_trainable
+from hf_geglu.training.processes.accelerator import check_trackers, make_accelerator
+from hf_geglu.training.reports.generations import Sampler, sampler_for
+from hf_geglu.training.settings.run import ModelSettings, RunSettings, TrainSettings
 from hf_geglu.training.tasks import TASKS, Request
-from hf_geglu.training.trainable import choose_trainable
+from hf_geglu.training.updates.optimizer import make_optimizer, make_scheduler
 
 ConvertFn = Callable[[Any], Any]
 """Converts a model in place and returns a report that can be printed."""

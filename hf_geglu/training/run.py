@@ -12,21 +12,21 @@ from typing import Any
 from torch import nn
 
 from hf_geglu.provenance import Sample
-from hf_geglu.training.accelerator import make_accelerator
-from hf_geglu.training.adapters import adapted
-from hf_geglu.training.checkpoint import CheckpointFolder
+from hf_geglu.training.checkpoints.checkpoint import CheckpointFolder
+from hf_geglu.training.checkpoints.progress import read_progress
+from hf_geglu.training.checkpoints.room import room_for
 from hf_geglu.training.config_file import replayable
-from hf_geglu.training.curves import LiveCurves
-from hf_geglu.training.generations import samples_of
-from hf_geglu.training.lineage import training_record
-from hf_geglu.training.log import BEFORE, Narrator, RunLog, to_json
 from hf_geglu.training.loop import train
-from hf_geglu.training.objectives import Task
+from hf_geglu.training.objectives.objective import Task
 from hf_geglu.training.outset import ConvertFn, Outset, set_out
-from hf_geglu.training.progress import read_progress
-from hf_geglu.training.records import EvalRecord, SampleRecord, StepRecord, TrainResult, numbers
-from hf_geglu.training.room import room_for
-from hf_geglu.training.settings import RunSettings
+from hf_geglu.training.parameters.adapters import adapted
+from hf_geglu.training.processes.accelerator import make_accelerator
+from hf_geglu.training.reports.curves import LiveCurves
+from hf_geglu.training.reports.generations import samples_of
+from hf_geglu.training.reports.lineage import training_record
+from hf_geglu.training.reports.log import BEFORE, Narrator, RunLog, to_json
+from hf_geglu.training.reports.records import EvalRecord, SampleRecord, StepRecord, TrainResult, numbers
+from hf_geglu.training.settings.run import RunSettings
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from hf_geglu.training.objectives import Task
+from hf_geglu.training.objectives.objective import Task
 from hf_geglu.training.tasks.chat import SFT
 from hf_geglu.training.tasks.image_classes import IMAGE_CLASSIFICATION
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind

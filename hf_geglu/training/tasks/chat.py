@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_geglu.errors import DataError
-from hf_geglu.training.bestfit import Documents, fitted, fitted_stream
-from hf_geglu.training.corpus import Corpus, StreamedBlocks, find_text_column, require_first_block
-from hf_geglu.training.objectives import IGNORED, CausalLM, Example
-from hf_geglu.training.packing import Packing, Tally, TokenBlocks
-from hf_geglu.training.rows import row_sets
-from hf_geglu.training.sources import Rows
+from hf_geglu.training.data.bestfit import Documents, fitted, fitted_stream
+from hf_geglu.training.data.corpus import Corpus, StreamedBlocks, find_text_column, require_first_block
+from hf_geglu.training.data.packing import Packing, Tally, TokenBlocks
+from hf_geglu.training.data.rows import row_sets
+from hf_geglu.training.data.sources import Rows
+from hf_geglu.training.data.tokenised import tokens_of
+from hf_geglu.training.objectives.objective import IGNORED, CausalLM, Example
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 from hf_geglu.training.tasks.template import (
     Rendered,
@@ -25,7 +26,6 @@ from hf_geglu.training.tasks.template import (
     require_template,
     tokens_and_labels,
 )
-from hf_geglu.training.tokenised import tokens_of
 
 Answer = tuple[list[int], list[int]]
 """Tokens and labels."""

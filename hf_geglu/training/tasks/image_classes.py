@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.corpus import Corpus
-from hf_geglu.training.metrics import ClassMetric
-from hf_geglu.training.objectives import Batch, Example
-from hf_geglu.training.rows import row_sets
-from hf_geglu.training.sources import Rows
+from hf_geglu.training.data.corpus import Corpus
+from hf_geglu.training.data.rows import row_sets
+from hf_geglu.training.data.sources import Rows
+from hf_geglu.training.objectives.metrics import ClassMetric
+from hf_geglu.training.objectives.objective import Batch, Example
 from hf_geglu.training.tasks.classes import Classes, classes_of, find_label_column
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 

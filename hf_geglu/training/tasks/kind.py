@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_geglu.training.corpus import Corpus
-from hf_geglu.training.data_settings import DataSettings
-from hf_geglu.training.objectives import Objective, Task
+from hf_geglu.training.data.corpus import Corpus
+from hf_geglu.training.objectives.objective import Objective, Task
+from hf_geglu.training.settings.data import DataSettings
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_geglu.training.corpus import load_corpus
-from hf_geglu.training.objectives import objective_for
+from hf_geglu.training.data.corpus import load_corpus
+from hf_geglu.training.objectives.objective import objective_for
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 
 

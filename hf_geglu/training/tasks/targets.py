@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.metrics import ClassMetric, LabelMetric, NumberMetric
+from hf_geglu.training.objectives.metrics import ClassMetric, LabelMetric, NumberMetric
 from hf_geglu.training.tasks.classes import Classes, classes_of, streamed_classes, told
 
 Number: TypeAlias = int | float | list[float]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.objectives import IGNORED
+from hf_geglu.training.objectives.objective import IGNORED
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from hf_geglu.errors import DataError
-from hf_geglu.training.batches import Blocks
-from hf_geglu.training.corpus import Corpus, StreamedBlocks, find_text_column, require_first, text_columns
-from hf_geglu.training.examples import Counts, Examples, Ragged
-from hf_geglu.training.metrics import ClassMetric, LabelMetric, NumberMetric
-from hf_geglu.training.objectives import Batch, Example, padded
-from hf_geglu.training.rows import row_sets
-from hf_geglu.training.sources import Rows
+from hf_geglu.training.data.batches import Blocks
+from hf_geglu.training.data.corpus import Corpus, StreamedBlocks, find_text_column, require_first, text_columns
+from hf_geglu.training.data.examples import Counts, Examples, Ragged
+from hf_geglu.training.data.rows import row_sets
+from hf_geglu.training.data.sources import Rows
+from hf_geglu.training.objectives.metrics import ClassMetric, LabelMetric, NumberMetric
+from hf_geglu.training.objectives.objective import Batch, Example, padded
 from hf_geglu.training.tasks.classes import find_label_column
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 from hf_geglu.training.tasks.targets import OneClass, Target, target_of

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.batches import Blocks
-from hf_geglu.training.corpus import Corpus, StreamedBlocks, require_first
-from hf_geglu.training.examples import Counts, Examples, Ragged
-from hf_geglu.training.metrics import ClassMetric, EntityMetric, entity_names
-from hf_geglu.training.objectives import IGNORED, Batch, Example, columns, stacked
-from hf_geglu.training.rows import row_sets
-from hf_geglu.training.sources import Rows
+from hf_geglu.training.data.batches import Blocks
+from hf_geglu.training.data.corpus import Corpus, StreamedBlocks, require_first
+from hf_geglu.training.data.examples import Counts, Examples, Ragged
+from hf_geglu.training.data.rows import row_sets
+from hf_geglu.training.data.sources import Rows
+from hf_geglu.training.objectives.metrics import ClassMetric, EntityMetric, entity_names
+from hf_geglu.training.objectives.objective import IGNORED, Batch, Example, columns, stacked
 from hf_geglu.training.tasks.classes import Classes, classes_of, find_label_column, streamed_classes, told
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 

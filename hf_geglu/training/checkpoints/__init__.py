@@ -1,0 +1,1 @@
+"""What a run can go on from after it was killed: complete, or not there."""

@@ -1,0 +1,1 @@
+"""From rows, wherever they are, to blocks of tokens and examples, and which of them make up a batch."""
