@@ -145,6 +145,8 @@ def _child(at: int, told: int, log: str, task: Any, flags: Sequence[str]) -> Non
 def _serve(processes: int, log: str) -> None:
     import warnings
 
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries that print (DeepSpeed does) are not taken for us
     warnings.simplefilter("ignore")
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
@@ -173,7 +175,7 @@ def _serve(processes: int, log: str) -> None:
         ends = _wait(children)
         victim = ends[int(who)]
         word = "done" if not any(ends) else "killed" if victim == -signal.SIGKILL else "failed"
-        print(word, *(int(os.pread(handle, 10, 0) or b"0") for handle in told), flush=True)
+        print(word, *(int(os.pread(handle, 10, 0) or b"0") for handle in told), file=answers)
         for handle in told:
             os.close(handle)
 
