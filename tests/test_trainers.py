@@ -80,27 +80,31 @@ class _StopAt(transformers.TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+def _sft(folder, out, model, **settings):
+    """An SFTTrainer of a saved variant on eight short texts."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    arguments = {"max_steps": 2, "save_strategy": "no", "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    callbacks, peft_config = settings.pop("callbacks", None), settings.pop("peft_config", None)
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(out), report_to=[], use_cpu=True, bf16=False, max_length=16, **(arguments | settings)
+        ),
+        train_dataset=datasets.Dataset.from_dict(
+            {"text": [" ".join(str((i + j) % 50) for j in range(12)) for i in range(8)]}
+        ),
+        processing_class=_tokenizer(folder),
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_sfttrainer(tmp_path, model_type):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
     folder = _saved(tmp_path, model_type)
-    tokenizer = _tokenizer(folder)
-    data = datasets.Dataset.from_dict({"text": [" ".join(str((i + j) % 50) for j in range(12)) for i in range(8)]})
     model = TINY[model_type][0].from_pretrained(folder)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=2,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        learning_rate=1e-2,
-        per_device_train_batch_size=2,
-        save_strategy="no",
-        max_length=16,
-    )
-    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer = _sft(folder, tmp_path / "out", model)
     result = trainer.train()
     assert result.global_step == 2
     moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
@@ -112,30 +116,11 @@ def test_sfttrainer(tmp_path, model_type):
 
 
 def test_sfttrainer_with_a_lora(tmp_path):
-    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
-    datasets = pytest.importorskip("datasets")
+    peft = pytest.importorskip("peft")
     folder = _saved(tmp_path, "opt")
-    tokenizer = _tokenizer(folder)
-    data = datasets.Dataset.from_dict({"text": [" ".join(str((i + j) % 50) for j in range(12)) for i in range(8)]})
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=2,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=2,
-        save_strategy="steps",
-        save_steps=2,
-        max_length=16,
-    )
-    trainer = trl.SFTTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder),
-        args=arguments,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(target_modules=["fc1", "fc2"], task_type="CAUSAL_LM"),
-    )
-    trainer.train()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    lora = peft.LoraConfig(target_modules=["fc1", "fc2"], task_type="CAUSAL_LM")
+    _sft(folder, tmp_path / "out", model, save_strategy="steps", save_steps=2, peft_config=lora).train()
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert (checkpoint / "geglu_base.json").is_file()
     base = json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -205,35 +190,15 @@ def test_callback_trains_the_value_branch_alone_and_tells_of_it(tmp_path, model_
 
 
 def test_callback_in_sfttrainer(tmp_path):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from hf_geglu.training.callback import GegluCallback
     from hf_geglu.training.parameters.trainable import value_masks
 
     folder = _saved(tmp_path, "gpt2")
-    tokenizer = _tokenizer(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     masks = value_masks(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    data = datasets.Dataset.from_dict({"text": [" ".join(str((i + j) % 50) for j in range(12)) for i in range(8)]})
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=3,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        learning_rate=1e-2,
-        per_device_train_batch_size=2,
-        save_strategy="no",
-        max_length=16,
-    )
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        processing_class=tokenizer,
-        callbacks=[GegluCallback(trainable="value")],
-    )
+    callbacks = [GegluCallback(trainable="value")]
+    trainer = _sft(folder, tmp_path / "out", model, max_steps=3, logging_steps=1, callbacks=callbacks)
     trainer.train()
     _only_values_moved(model, masks, before)
     _told_of_values(trainer, 3)
