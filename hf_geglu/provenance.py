@@ -45,14 +45,14 @@ class LedgerRow:
 
     Attributes:
         name: "original", "step 0", "step 500", "control, step 500"...
-        nll: mean negative log-likelihood, nats per predicted token.
-        perplexity: exp(nll).
+        nll: mean negative log-likelihood, nats per predicted token, or what the record's `loss` says.
+        perplexity: exp(nll) of tokens; None of anything else.
         kl: KL(original || this model), nats per token, where it was measured.
     """
 
     name: str
     nll: float
-    perplexity: float
+    perplexity: float | None
     kl: float | None = None
 
 
@@ -96,7 +96,7 @@ class TrainingRecord:
         held_out_tokens: behind each row.
         control: whether the last row is the unconverted model after the same training.
         samples: what was written to prompts before and after.
-        loss: what `nll` of the ledger is: "nll", or "mse" of a regression.
+        loss: what `nll` of the ledger is: "nll" of tokens, "cross_entropy" of classes, "mse" of a regression.
     """
 
     task: str

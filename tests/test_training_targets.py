@@ -23,6 +23,7 @@ from hf_geglu.training import RunResult, evaluate
 from hf_geglu.training.command_line import main, parse
 from hf_geglu.training.objectives.metrics import LabelMetric, NumberMetric
 from hf_geglu.training.outset import set_out
+from hf_geglu.training.reports.records import numbers
 from hf_geglu.training.run import finetune
 
 TASK = "text_classification"
@@ -64,6 +65,20 @@ def test_fractions_are_a_regression(place: Path) -> None:
     assert f"{last.metrics['pearson']:.4f}" in row
     card = (place / "out" / "README.md").read_text(encoding="utf-8")
     assert "| model | mse | vs before" in card or "| model | mse | vs step 0" in card
+
+
+def test_only_tokens_have_a_perplexity(place: Path) -> None:
+    found = run(place, [], "--convert")
+    last = found.trained.evals[-1]
+    assert (last.perplexity, last.loss_name) == (None, "cross_entropy")
+    header, row = found.table().splitlines()
+    assert "cross_entropy at the end" in header
+    assert "perplexity" not in header
+    assert f"{last.nll:.4f}" in row
+    told = [json.loads(line) for line in (place / "out" / "eval_log.jsonl").read_text().splitlines()]
+    assert {(each["perplexity"], each["loss_name"]) for each in told} == {(None, "cross_entropy")}
+    assert "perplexity" not in numbers(last)
+    assert "| model | cross entropy | vs step 0 |" in (place / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_lists_are_several_labels(place: Path) -> None:

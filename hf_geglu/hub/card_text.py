@@ -172,13 +172,13 @@ def _measured(runs: Sequence[TrainingRecord], curves: str | None) -> list[str]:
             continue
         first = run.ledger[0].nll
         kl = any(row.kl is not None for row in run.ledger)
-        squared = run.loss == "mse"  # of a regression, which has no perplexity
-        names = ["mse"] if squared else ["perplexity", "nll (nats/token)"]
+        of_text = all(row.perplexity is not None for row in run.ledger) and run.loss == "nll"
+        names = ["perplexity", "nll (nats/token)"] if of_text else [run.loss.replace("_", " ")]
         head = ("model", *names, f"vs {run.ledger[0].name}", *["KL to original"] * kl)
         rows = [
             (
                 row.name,
-                *([] if squared else [f"{row.perplexity:.2f}"]),
+                *([f"{row.perplexity:.2f}"] if of_text else []),
                 f"{row.nll:.4f}",
                 f"{row.nll - first:+.4f}",
                 *(["" if row.kl is None else f"{row.kl:.5f}"] * kl),

@@ -15,6 +15,7 @@ from hf_geglu.errors import DataError
 from hf_geglu.modes import evaluating
 from hf_geglu.training.data.batches import MapBlocks, eval_batches
 from hf_geglu.training.objectives.head import Head, NoHead, find_head, logits_in
+from hf_geglu.training.objectives.metrics import Metric
 from hf_geglu.training.objectives.objective import IGNORED, Batch, CausalLM, Objective, predicted
 
 EVAL_SEED = 20200212
@@ -26,23 +27,30 @@ class EvalResult:
     """What an evaluation found.
 
     Attributes:
-        nll: mean negative log-likelihood of a predicted token, in nats; of a regression the mean squared error.
-        perplexity: exp(nll); infinite where that overflows.
+        nll: mean negative log-likelihood of what is predicted, in nats; of a regression the mean squared error.
+        perplexity: exp(nll) of tokens, infinite where that overflows; None of anything else.
         tokens: number of predicted tokens, or of whatever else the objective predicts.
         metrics: what the objective counts besides, such as accuracy.
+        loss_name: what `nll` is: "nll" of tokens, "cross_entropy" of classes, "mse" of numbers.
     """
 
     nll: float
-    perplexity: float
+    perplexity: float | None
     tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    loss_name: str = "nll"
 
     @classmethod
-    def of(cls, total_nll: float, tokens: int, metrics: Mapping[str, float] | None = None) -> EvalResult:
-        """From the sum over all tokens."""
+    def of(
+        cls, total_nll: float, tokens: int, metric: Metric | None = None, counts: Tensor | None = None
+    ) -> EvalResult:
+        """From the sum over all tokens, and what a metric has counted."""
         nll = total_nll / tokens
         perplexity = math.exp(nll) if nll < 700 else math.inf if nll == nll else math.nan
-        return cls(nll=nll, perplexity=perplexity, tokens=tokens, metrics=dict(metrics or {}))
+        if metric is None or counts is None:
+            return cls(nll=nll, perplexity=perplexity, tokens=tokens)
+        name = metric.loss_name
+        return cls(nll, perplexity if name == "nll" else None, tokens, metric.values(counts), name)
 
 
 def summed_nll(model: nn.Module, batch: Batch, head: Head | NoHead, *, divisor: float = 1.0) -> Tensor:
@@ -152,4 +160,4 @@ def evaluate(
             f"{len(blocks)} evaluation blocks hold nothing to predict: expected at least one token. Give more "
             "validation text, or none at all."
         )
-    return EvalResult.of(float(total[0]), int(total[1]), metric.values(total[2:]) if metric else None)
+    return EvalResult.of(float(total[0]), int(total[1]), metric, total[2:])

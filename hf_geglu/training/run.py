@@ -56,7 +56,8 @@ class RunResult:
         final = self.trained.final
         names = [] if final is None else [name for name in final.metrics if name != final.loss_name]
         loss = "nll" if final is None else final.loss_name
-        told = [f"{loss} at step 0", f"{loss} at the end", *["perplexity"] * (loss == "nll"), *names]
+        of_text = final is None or final.perplexity is not None
+        told = [f"{loss} at step 0", f"{loss} at the end", *["perplexity"] * of_text, *names]
         heads = ("", "first loss", "last loss", *told, "tokens/s")
         rows: list[tuple[str, ...]] = [heads]
         runs = [("model" if self.control is None else "converted", self.trained)]
@@ -68,7 +69,7 @@ class RunResult:
             if run.final is not None:
                 last = run.final
                 evals = [f"{run.evals[0].nll:.4f}", f"{last.nll:.4f}"]
-                evals += [f"{last.perplexity:.2f}"] * (loss == "nll")
+                evals += [] if last.perplexity is None else [f"{last.perplexity:.2f}"]
                 evals += [f"{last.metrics[metric]:.4f}" for metric in names]
             rows.append((name, *losses, *evals, f"{run.tokens_per_second:,.0f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

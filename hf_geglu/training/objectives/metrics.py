@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ _IGNORED = -100
 
 class Metric(Protocol):
     """Turns predictions into counts, and all counts into values."""
+
+    loss_name: ClassVar[str]
+    """What the loss of such predictions is: "nll" of tokens, which says a perplexity; "cross_entropy" of classes, "mse"
+    of numbers."""
 
     def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Counts of one batch: a vector in float64 on the CPU, always of the same length."""
@@ -34,6 +38,8 @@ class ClassMetric:
     Attributes:
         classes: how many.
     """
+
+    loss_name: ClassVar[str] = "cross_entropy"
 
     classes: int
 
@@ -63,6 +69,8 @@ class LabelMetric:
         labels: how many.
     """
 
+    loss_name: ClassVar[str] = "cross_entropy"
+
     labels: int
 
     def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -89,6 +97,8 @@ class LabelMetric:
 class NumberMetric:
     """Mean squared error and Pearson's correlation of predicted and given numbers."""
 
+    loss_name: ClassVar[str] = "mse"
+
     def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(7,): how many, sums of both, of their squares, of their product, of the squared error."""
         kept = ~labels.isnan()
@@ -106,6 +116,8 @@ class NumberMetric:
 @dataclass(frozen=True)
 class TokenAccuracy:
     """Share of the tokens whose most likely prediction is right, given the right tokens before it."""
+
+    loss_name: ClassVar[str] = "nll"
 
     def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(2,): right, all."""
@@ -126,6 +138,8 @@ class EntityMetric:
     Attributes:
         names: of the classes, in order.
     """
+
+    loss_name: ClassVar[str] = "cross_entropy"
 
     names: tuple[str, ...]
 

@@ -19,7 +19,7 @@ PICTURE = "loss.png"
 
 @dataclass
 class LiveCurves:
-    """OUTPUT_DIR/loss.png: held-out nll over steps, one line a model.
+    """OUTPUT_DIR/loss.png: held-out loss over steps, one line a model.
 
     Attributes:
         folder: where it goes; there when the first evaluation comes.
@@ -44,7 +44,10 @@ class LiveCurves:
         """One evaluation more; draws."""
         self._found.setdefault(name, []).append((record.step, record.nll))
         if self._can_draw:
-            draft = loss_curves(self.folder / f".draft-{PICTURE}", self._found, title=self.title)
+            value = {"nll": "held-out nll, nats per token"}.get(record.loss_name, f"held-out {record.loss_name}")
+            draft = loss_curves(
+                self.folder / f".draft-{PICTURE}", self._found, title=self.title, value=value.replace("_", " ")
+            )
             os.replace(draft, self.folder / PICTURE)
 
     @property

@@ -1,8 +1,9 @@
 """What a run tells: train_log.jsonl and eval_log.jsonl for programs, a progress bar and lines for people.
 
 train_log.jsonl has one object a step: {"step", "loss", "learning_rate", "grad_norm", "tokens", "predicted", "seconds",
-"tokens_per_second"}; eval_log.jsonl one an evaluation: {"step", "nll", "perplexity", "tokens", "metrics"};
-sample_log.jsonl one a completion, before and after: {"step", "prompt", "completion"}. What is not finite is null.
+"tokens_per_second"}; eval_log.jsonl one an evaluation: {"step", "nll", "perplexity", "tokens", "metrics",
+"loss_name"}; sample_log.jsonl one a completion, before and after: {"step", "prompt", "completion"}. What is not finite
+is null, and so is the perplexity of what are no tokens.
 """
 
 from __future__ import annotations
@@ -171,12 +172,12 @@ class Narrator:
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print a line."""
-        told = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
-        if record.loss_name == "nll":
-            told = f"  nll {record.nll:.4f}  perplexity {record.perplexity:.2f}{told}"
-        self.say(
-            f"{self._name}  step {record.step}/{self._total}  evaluation: {told.strip()}  ({record.tokens:,} predicted)"
-        )
+        told = {record.loss_name: f"{record.nll:.4f}"}
+        if record.perplexity is not None:
+            told["perplexity"] = f"{record.perplexity:.2f}"
+        told |= {name: f"{value:.4f}" for name, value in record.metrics.items()}
+        line = "  ".join(f"{name} {value}" for name, value in told.items())
+        self.say(f"{self._name}  step {record.step}/{self._total}  evaluation: {line}  ({record.tokens:,} predicted)")
 
 
 def clock(seconds: float) -> str:

@@ -42,26 +42,21 @@ class EvalRecord:
 
     step: int
     nll: float
-    perplexity: float
+    perplexity: float | None
     tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def loss_name(self) -> str:
-        """What the loss is: "nll", or the "mse" of a regression, which says no perplexity."""
-        return "mse" if "mse" in self.metrics else "nll"
+    loss_name: str = "nll"
 
     @classmethod
     def at(cls, step: int, result: EvalResult) -> EvalRecord:
         """The result of the evaluation after `step` steps."""
-        return cls(
-            step=step, nll=result.nll, perplexity=result.perplexity, tokens=result.tokens, metrics=dict(result.metrics)
-        )
+        return cls(step=step, **{**vars(result), "metrics": dict(result.metrics)})
 
 
 def numbers(record: StepRecord | EvalRecord) -> dict[str, float]:
     """What a tracker draws of a record: every number but the step, metrics among them."""
-    found = {key: value for key, value in asdict(record).items() if key not in ("step", "metrics")}
+    told = {key: value for key, value in asdict(record).items() if key not in ("step", "metrics", "loss_name")}
+    found: dict[str, float] = {key: value for key, value in told.items() if value is not None}
     if isinstance(record, EvalRecord):
         return found | dict(record.metrics)
     return found | {"tokens_per_second": record.tokens_per_second}
