@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny
 from tiny_training import causal_tokenizer, clone, llama, one_thread, same_weights  # noqa: F401
 from torch import nn
+from versions import BEFORE_5
 
 import hf_geglu
 from hf_geglu.training import CausalLM, MaskedLM, TrainSettings, evaluate, train
@@ -21,6 +22,9 @@ from hf_geglu.training.data.packing import Packing, Tally
 from hf_geglu.training.leak import find_isolation
 from hf_geglu.training.objectives.isolation import Isolation, document_mask, filled_up, is_token
 from hf_geglu.training.objectives.objective import IGNORED, token_count
+
+NO_MASK_BEFORE_5 = ("mpt", "bert", "roberta", "modernbert")
+WHY = "transformers 4 gives these no mask over documents, so their blocks are packed without one"
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=40)
 
@@ -85,6 +89,9 @@ def test_packed_logits_are_those_of_the_document_alone(name: str, converted: boo
         hf_geglu.convert(model)
     masked = name in ("bert", "roberta", "modernbert")
     found = find_isolation(model, causal=not masked, longest=24)
+    if BEFORE_5 and name in NO_MASK_BEFORE_5:
+        assert found is None
+        return
     assert found is not None
     model.config.use_cache = False  # as in training: with a cache some models take positions for those of one document
     generator = torch.Generator().manual_seed(7)
@@ -120,6 +127,7 @@ def test_a_model_that_leaks_is_found_out() -> None:
     assert find_isolation(tiny("bloom"), causal=True, longest=16) is None
 
 
+@pytest.mark.skipif(BEFORE_5, reason=WHY)
 def test_a_window_is_not_traded_for_a_mask() -> None:
     model = tiny("bert")
     assert find_isolation(model, causal=False, longest=16) == Isolation("mask", causal=False)
@@ -162,6 +170,7 @@ def test_packed_training_equals_unpacked_training(name: str) -> None:
     assert max(abs(a - b) for a, b in zip(leaky.losses, other.losses, strict=True)) > 1e-4
 
 
+@pytest.mark.skipif(BEFORE_5, reason=WHY)
 def test_packed_evaluation_equals_unpacked_evaluation_of_hidden_tokens() -> None:
     model = tiny("bert")
     rows = documents(12)

@@ -20,8 +20,10 @@ ON_DISK = 1.02
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of a model on disk; what is tied counts once."""
-    return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
+    """Of a model on disk; what is tied counts once, and buffers that are not saved do not count."""
+    saved = model.state_dict().keys()
+    buffers = (buffer for name, buffer in model.named_buffers() if name in saved)
+    return sum(_bytes(tensor) for tensor in [*model.parameters(), *buffers])
 
 
 def checkpoint_bytes(state: TrainingState) -> int:
