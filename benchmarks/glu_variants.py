@@ -25,19 +25,21 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
-from benchmarks.corpora import DOMAINS, corpus
+from benchmarks.corpora import corpus
+from benchmarks.from_scratch import blocks_of, train, word_pieces
 from benchmarks.records import RESULTS, write
 
 PAGE = Path(__file__).parents[1] / "docs" / "glu_variants.md"
 NAME = "glu_variants"
 
+DOMAINS = ("library", "prose", "manuals", "glosses", "computing")
+
 D, LAYERS, HEADS, WIDTH, VOCABULARY = 192, 4, 3, 768, 4096
-BLOCK, BATCH, RATE, WARMUP = 128, 16, 3e-3, 50
+BLOCK, BATCH, RATE, WARMUP, FINAL = 128, 16, 3e-3, 50, 0.1
 HELD_OUT = 200_000
 """Tokens that are measured on, of held-out documents in random order."""
 
@@ -101,78 +103,40 @@ def build(unit: Unit, seed: int) -> LlamaForCausalLM:
 
 
 def text(vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and held-out tokens, (N,) each, of all domains together; documents end with token 0."""
+    """Training and held-out blocks, (N, BLOCK) each, of all domains together; documents end with token 0."""
     parts = [corpus(domain) for domain in DOMAINS]
-    train, held_out = (
+    train_texts, held_out = (
         [document for part in parts for document in getattr(part, side)] for side in ("train", "held_out")
     )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        train, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<end>"], show_progress=False)
-    )
-    for documents in (train, held_out):
+    tokenizer = word_pieces(train_texts, vocabulary)
+    for documents in (train_texts, held_out):
         random.Random(0).shuffle(documents)
-    return _tokens(tokenizer, train), _tokens(tokenizer, held_out)
-
-
-def _tokens(tokenizer: Tokenizer, documents: Sequence[str]) -> torch.Tensor:
-    encoded = tokenizer.encode_batch(list(documents))
-    return torch.tensor(list(itertools.chain.from_iterable([*one.ids, 0] for one in encoded)))
-
-
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, seed: int) -> float:
-    """Train in place, products in bfloat16; returns the mean loss of the last tenth of the steps, in nats a token."""
-    blocks = tokens[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat(
-        [torch.randperm(len(blocks), generator=generator) for _ in range(1 + steps * BATCH // len(blocks))]
-    )
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
-    losses = []
-    model.train()
-    for step in range(steps):
-        rate = RATE * min((step + 1) / WARMUP, 0.55 + 0.45 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = blocks[order[step * BATCH : (step + 1) * BATCH]]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return statistics.fmean(losses[-max(1, steps // 10) :])
+    return blocks_of(train_texts, tokenizer, BLOCK), blocks_of(held_out, tokenizer, BLOCK)
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+def evaluate(model: LlamaForCausalLM, held_out_NT: torch.Tensor) -> float:
     """Held-out log-perplexity: nats a token, in float32."""
     model.eval()
-    blocks = tokens[: HELD_OUT // BLOCK * BLOCK].view(-1, BLOCK)
+    blocks = held_out_NT[: HELD_OUT // BLOCK]
     losses = [float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in blocks.split(BATCH)]
     return sum(losses) / len(blocks)
 
 
-def run(unit: Unit, seed: int, steps: int, train_tokens: torch.Tensor, held_out: torch.Tensor) -> dict[str, Any]:
+def run(unit: Unit, seed: int, steps: int, train_NT: torch.Tensor, held_out_NT: torch.Tensor) -> dict[str, Any]:
     """One row of the record."""
     model = build(unit, seed)
     blocks = sum(weight.numel() for layer in model.model.layers for weight in layer.mlp.parameters())
     start = time.process_time()
-    last = train(model, train_tokens, steps, seed)
+    losses = train(model, train_NT, steps=steps, batch=BATCH, rate=RATE, warmup=WARMUP, final=FINAL, seed=seed)
     return {
         "unit": unit.name,
         "seed": seed,
         "steps": steps,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "ffn_parameters": blocks,
-        "train_nll": last,
-        "nll": evaluate(model, held_out),
+        "train_nll": statistics.fmean(losses[-max(1, steps // 10) :]),
+        "nll": evaluate(model, held_out_NT),
         "cpu_seconds": round(time.process_time() - start, 1),
     }
 
@@ -236,15 +200,15 @@ def main() -> None:
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     rows = [row for row in rows if row["steps"] == options.steps and row["seed"] < options.seeds]
     done = {(row["unit"], row["seed"]) for row in rows}
-    train_tokens, held_out = text()
+    train_NT, held_out_NT = text()
     about = {"shape": {"hidden": D, "layers": LAYERS, "heads": HEADS, "dense width": WIDTH, "vocabulary": VOCABULARY}}
-    about |= {"train_tokens": len(train_tokens), "held_out_tokens": HELD_OUT, "units": [asdict(unit) for unit in UNITS]}
+    about |= {"train_tokens": train_NT.numel(), "held_out_tokens": HELD_OUT, "units": [asdict(unit) for unit in UNITS]}
     with Progress() as progress:
         task = progress.add_task("training", total=len(UNITS) * options.seeds, completed=len(done))
         for seed, unit in itertools.product(range(options.seeds), UNITS):
             if (unit.name, seed) in done:
                 continue
-            rows.append(run(unit, seed, options.steps, train_tokens, held_out))
+            rows.append(run(unit, seed, options.steps, train_NT, held_out_NT))
             write(NAME, {**about, "rows": rows})
             progress.console.print(
                 f"{unit.name:8} seed {seed}: {rows[-1]['nll']:.4f}  ({rows[-1]['cpu_seconds']:.0f} s)"

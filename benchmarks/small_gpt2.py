@@ -5,21 +5,18 @@ Trained once and kept in the cache.
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks import from_scratch
 from benchmarks.corpora import corpus
+from benchmarks.from_scratch import train, word_pieces
 from hf_geglu.demo.wheels import cache_root
 
 TRAINED_ON = ("prose", "library", "glosses", "computing")
@@ -41,19 +38,12 @@ def blocks_of(texts: Sequence[str], tokenizer: Tokenizer, *, seed: int = 0) -> t
     """(N, BLOCK) tokens of documents in random order; each ends with token 0."""
     order = list(texts)
     random.Random(seed).shuffle(order)
-    ids = itertools.chain.from_iterable([*one.ids, 0] for one in tokenizer.encode_batch(order))
-    tokens = torch.tensor(list(ids))
-    return tokens[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)
+    return from_scratch.blocks_of(order, tokenizer, BLOCK)
 
 
 def _make(folder: Path, progress: Callable[[str], None]) -> None:
     texts = [document for domain in TRAINED_ON for document in corpus(domain).train]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<end>"], show_progress=False)
-    )
+    tokenizer = word_pieces(texts, VOCABULARY)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -72,39 +62,12 @@ def _make(folder: Path, progress: Callable[[str], None]) -> None:
     )
     blocks = blocks_of(texts, tokenizer)
     progress(f"{blocks.numel():,} tokens of text")
-    train(model, blocks, progress)
+    train(model, blocks, steps=STEPS, batch=BATCH, rate=RATE, warmup=WARMUP, progress=progress)
     draft = folder.with_suffix(".draft")
     model.save_pretrained(draft)
     tokenizer.save(str(draft / "tokenizer.json"))
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)
-
-
-def train(model: Any, blocks_NT: torch.Tensor, progress: Callable[[str], None]) -> None:
-    """In place; products in bfloat16."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.cat(
-        [torch.randperm(len(blocks_NT), generator=generator) for _ in range(1 + STEPS * BATCH // len(blocks_NT))]
-    )
-    model.train()
-    losses: list[float] = []
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min((step + 1) / WARMUP, 0.525 + 0.475 * math.cos(math.pi * step / STEPS))
-        batch = blocks_NT[order[step * BATCH : (step + 1) * BATCH]]
-        with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 50 == 0:
-            progress(f"step {step + 1} of {STEPS}: {sum(losses[-50:]) / 50:.3f} nats a token")
 
 
 if __name__ == "__main__":
