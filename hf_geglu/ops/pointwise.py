@@ -1,5 +1,5 @@
-"""The unit, ``activation(gate) * (value + offset)``, by whichever implementation runs here: Triton, the compiler, or
-neither. And the unit alone as one differentiable function, for blocks that cannot be run as a whole."""
+"""The unit, ``activation(gate) * (value + offset)``, by whichever implementation runs here: Triton, C, torch's
+compiler, or none of them. And the unit alone as one differentiable function, for blocks that cannot be run as a whole."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from hf_geglu.errors import KernelError
-from hf_geglu.ops import compiled, eager, reference
+from hf_geglu.ops import c_kernels, compiled, eager, reference
 from hf_geglu.ops.form import Form, as_rows, split
 
-Backend: TypeAlias = Literal["auto", "eager", "compiled", "triton"]
-"""auto: Triton's kernels on CUDA, the compiler's elsewhere, and plain torch where neither runs."""
+Backend: TypeAlias = Literal["auto", "eager", "c", "compiled", "triton"]
+"""auto: Triton's kernels on CUDA, those in C on a CPU, by torch's compiler elsewhere, and plain torch where none runs."""
 
 
 def forward(
@@ -26,6 +26,11 @@ def forward(
         from hf_geglu.ops import triton_kernels
 
         return triton_kernels.forward(gate_TF, value_TF, activation, offset)
+    if backend in ("auto", "c"):
+        hidden = c_kernels.forward(gate_TF, value_TF, activation, offset)
+        if hidden is not None:
+            return hidden
+        _insist(backend, gate_TF)
     if backend == "auto" and _two_steps_pay(gate_TF, activation):
         return reference.unit_in_two_steps(gate_TF, value_TF, activation, offset)
     if backend != "eager":
@@ -51,6 +56,10 @@ def backward_(
 
         triton_kernels.backward_(gate_TF, value_TF, hidden_TF, activation, offset)
         return
+    if backend in ("auto", "c"):
+        if c_kernels.backward_(gate_TF, value_TF, hidden_TF, activation, offset):
+            return
+        _insist(backend, gate_TF)
     if backend != "eager":
         if compiled.backward_(gate_TF, value_TF, hidden_TF, activation, offset):
             return
@@ -73,6 +82,10 @@ def backward(
 
         triton_kernels.backward(gate_TF, value_TF, gradient_TF, activation, offset, out)
         return
+    if backend in ("auto", "c"):
+        if c_kernels.backward(gate_TF, value_TF, gradient_TF, activation, offset, out):
+            return
+        _insist(backend, gate_TF)
     if backend != "eager":
         if compiled.backward(gate_TF, value_TF, gradient_TF, activation, offset, out):
             return
@@ -114,6 +127,9 @@ def triton_missing() -> str | None:
 
 
 def _insist(backend: Backend, tensor: torch.Tensor) -> None:
+    if backend == "c":
+        reason = c_kernels.why_not(tensor.device.type, tensor.dtype) or "rows are not contiguous, or there are none"
+        raise KernelError(f"the unit does not run in C: {reason}; expected backend='auto', which goes on without")
     if backend == "compiled":
         reason = (
             compiled.why_not(tensor.device.type) or f"not for a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
