@@ -1,5 +1,8 @@
 """The unit, ``activation(gate) * (value + offset)``, by whichever implementation runs here: Triton, C, torch's
-compiler, or none of them. And the unit alone as one differentiable function, for blocks that cannot be run as a whole."""
+compiler, or none of them.
+
+And the unit alone as one differentiable function, for blocks that cannot be run as a whole.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from hf_geglu.ops import c_kernels, compiled, eager, reference
 from hf_geglu.ops.form import Form, as_rows, split
 
 Backend: TypeAlias = Literal["auto", "eager", "c", "compiled", "triton"]
-"""auto: Triton's kernels on CUDA, those in C on a CPU, by torch's compiler elsewhere, and plain torch where none runs."""
+"""auto: Triton's kernels on CUDA, those in C on a CPU, torch's compiler elsewhere, plain torch where none runs."""
 
 
 def forward(
