@@ -3,13 +3,14 @@ compiled."""
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hf_geglu import ops
 from hf_geglu.errors import KernelError
-from hf_geglu.ops import c_kernels, compiled, formulas, pointwise, reference
+from hf_geglu.ops import c_kernels, choose, compiled, formulas, pointwise, reference
 
 here = pytest.mark.skipif(
     c_kernels.why_not("cpu", torch.float32) is not None, reason=str(c_kernels.why_not("cpu", torch.float32))
@@ -137,6 +138,7 @@ def test_they_run_by_themselves_and_what_does_not_fit_goes_another_way(monkeypat
 def test_without_a_c_compiler_torch_s_runs_and_one_warning_says_why(monkeypatch):
     monkeypatch.setattr(c_kernels, "_UNAVAILABLE", [])
     monkeypatch.setattr(c_kernels, "_LIBRARIES", {})
+    monkeypatch.setattr(c_kernels, "_KERNELS", {})
     monkeypatch.setattr(c_kernels, "compiler", lambda: sys.executable)  # it does not understand our flags
     monkeypatch.setattr(sys, "platform", "linux")
     gate, value, _ = _tensors(torch.float32, 4, 6)
@@ -162,3 +164,16 @@ def test_they_can_be_turned_off(monkeypatch):
     assert "cuda" in c_kernels.why_not("cuda", torch.float32)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "darwin" in c_kernels.why_not("cpu", torch.float32)
+
+
+def test_smaller_blocks_are_worth_it_where_a_call_is_cheap(monkeypatch):
+    call = choose.Call(
+        tokens=512, width=3072, dtype=torch.bfloat16, device_type="cpu", activation="gelu", differentiated=True
+    )
+    monkeypatch.setattr(compiled, "why_not", lambda _: None)
+    for why, expected in ((None, "lean"), ("no C compiler", "reference")):
+        monkeypatch.setattr(c_kernels, "why_not", lambda *_, why=why: why)
+        assert choose.choose(call) == expected
+        assert choose.choose(replace(call, tokens=128)) == "reference"
+        assert choose.choose(replace(call, tokens=1024)) == "lean"
+        assert choose.choose(replace(call, differentiated=False)) == "reference"

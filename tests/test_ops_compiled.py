@@ -83,7 +83,7 @@ def test_a_block_in_auto_mode_runs_by_compiled_kernels(monkeypatch):
     from hf_geglu.ops import choose
 
     monkeypatch.setenv("HF_GEGLU_NO_C", "1")
-    monkeypatch.setattr(choose, "ENOUGH_WHERE_TORCH_IS_QUICK", 0)
+    monkeypatch.setattr(choose, "ENOUGH_BY_TORCH_S_COMPILER", 0)
     asked = []
     run = compiled._run
     monkeypatch.setattr(compiled, "_run", lambda which, *rest: asked.append(which) or run(which, *rest))

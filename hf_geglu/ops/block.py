@@ -10,6 +10,7 @@ Nothing here knows of modules: `hf_geglu.optimizing` calls it with the weights o
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,9 +141,12 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x and the six tensors of the weights, None where not `needed`. `saved` is written over."""
     sums = Sums()
-    for tile in tiles(x_TD.shape[0]) if way.tiled else [slice(0, x_TD.shape[0])]:
-        parts = branches(x_TD[tile], weights, way.form) if way.tiled else saved
-        _backward_tile(grad_TD, x_TD, tile, parts, weights, way, needed, noise, sums)
+    wants = dict(zip(("x", *NAMES), needed, strict=True))
+    if not way.tiled:
+        _backward_tile(grad_TD, x_TD, None, saved, weights, way, wants, noise, sums)
+    for tile in tiles(x_TD.shape[0]) if way.tiled else ():
+        parts = branches(x_TD[tile], weights, way.form)
+        _backward_tile(grad_TD, x_TD, tile, parts, weights, way, wants, noise, sums)
         del parts
     gradients = (
         None if tensor is None else sums.take(name, tensor.dtype)
@@ -154,17 +158,16 @@ def backward(
 def _backward_tile(
     all_grad_TD: torch.Tensor,
     all_x_TD: torch.Tensor,
-    tile: slice,
+    tile: slice | None,
     saved: tuple[torch.Tensor, ...],
     weights: Weights,
     way: Way,
-    needed: tuple[bool, ...],
+    wants: dict[str, bool],
     noise: Noise | None,
     sums: Sums,
 ) -> None:
-    grad_TD, x_TD = all_grad_TD[tile], all_x_TD[tile]
+    grad_TD, x_TD = (all_grad_TD, all_x_TD) if tile is None else (all_grad_TD[tile], all_x_TD[tile])
     form, turned = way.form, way.form.transposed
-    wants = dict(zip(("x", *NAMES), needed, strict=True))
     gate_TF, value_TF = halves(saved, form)
     if wants["down_bias"]:
         sums.add_rows("down_bias", grad_TD)
@@ -190,6 +193,11 @@ def _backward_tile(
             sums.add_rows(f"{name}_bias", grad)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast; nothing is entered where there is none, since entering takes as long as ten other things here."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def _graph_is_kept() -> bool:
     """Whether the backward pass that is running may run again (``retain_graph=True``), so that what was saved must
     stay as it is."""
@@ -204,7 +212,7 @@ class _Block(torch.autograd.Function):
         weights = Weights.of(tuple(flat))
         ctx.way = way
         ctx.noise = Noise.here(way.dropout, x_TD.device) if way.dropout else None
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             answer_TD, saved = forward(x_TD, weights, way)
         ctx.save_for_backward(x_TD, *flat, *saved)
         return answer_TD
@@ -224,6 +232,6 @@ class _Block(torch.autograd.Function):
             return (*pointwise.gradients(answer_TD, (x_TD, *weights.flat()), grad_TD, needed), None)
         if _graph_is_kept():
             saved = tuple(tensor.clone() for tensor in saved)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             found = backward(grad_TD, x_TD, saved, weights, ctx.way, needed, ctx.noise)
         return (*found, None)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,7 @@ SWITCH = "HF_GEGLU_NO_C"
 _LOCK = threading.Lock()
 _LIBRARIES: dict[str, ctypes.CDLL] = {}
 """By activation."""
+_KERNELS: dict[tuple[str, str, torch.dtype], Callable[..., None]] = {}
 _UNAVAILABLE: list[str] = []
 """Why nothing could be compiled."""
 
@@ -97,33 +99,42 @@ def backward(
     return _fits(*tensors) and _run("backward", activation, offset, tensors)
 
 
-def _fits(*tensors_TF: torch.Tensor) -> bool:
-    first = tensors_TF[0]
-    if why_not(first.device.type, first.dtype) is not None or first.numel() == 0:
+def _fits(first_TF: torch.Tensor, *others_TF: torch.Tensor) -> bool:
+    if why_not(first_TF.device.type, first_TF.dtype) is not None or first_TF.numel() == 0 or first_TF.stride(1) != 1:
         return False
-    same = all(tensor.shape == first.shape and tensor.dtype == first.dtype for tensor in tensors_TF)
-    return same and all(tensor.stride(1) == 1 and tensor.is_cpu for tensor in tensors_TF)
+    shape, dtype = first_TF.shape, first_TF.dtype
+    return all(each.shape == shape and each.dtype == dtype and each.stride(1) == 1 for each in others_TF)
 
 
 def _run(which: str, activation: str, offset: float, tensors: tuple[torch.Tensor, ...]) -> bool:
-    library = _LIBRARIES.get(activation) or _compiled(activation)
-    if library is None:
+    kernel = _KERNELS.get((which, activation, tensors[0].dtype)) or _kernel(which, activation, tensors[0].dtype)
+    if kernel is None:
         return False
-    first = tensors[0]
-    rows, width = first.shape
+    rows, width = tensors[0].shape
+    threads = max(1, min(torch.get_num_threads(), rows * width // ENOUGH))
     strides = [tensor.stride(0) for tensor in tensors]
     if all(stride == width for stride in strides):
         rows, width = 1, rows * width
-    threads = max(1, min(torch.get_num_threads(), first.numel() // ENOUGH))
-    getattr(library, f"{which}_{TYPES[first.dtype]}")(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-        *map(ctypes.c_int64, (*strides, rows, width)),
-        ctypes.c_float(offset),
-        ctypes.c_int(threads),
-    )
+    kernel(*[tensor.data_ptr() for tensor in tensors], *strides, rows, width, offset, threads)
     if which == "backward_in_place":
         torch.autograd.graph.increment_version(tensors)
     return True
+
+
+def _kernel(which: str, activation: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    library = _compiled(activation)
+    if library is None:
+        return None
+    kernel = getattr(library, f"{which}_{TYPES[dtype]}")
+    tensors = {"forward": 3, "backward_in_place": 3, "backward": 5}[which]
+    kernel.argtypes = [
+        *[ctypes.c_void_p] * tensors,
+        *[ctypes.c_int64] * (tensors + 2),
+        *(ctypes.c_float, ctypes.c_int),
+    ]
+    kernel.restype = None
+    _KERNELS[which, activation, dtype] = kernel
+    return _KERNELS[which, activation, dtype]
 
 
 def _compiled(activation: str) -> ctypes.CDLL | None:

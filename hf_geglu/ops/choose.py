@@ -8,16 +8,19 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from hf_geglu.ops import compiled, pointwise
+from hf_geglu.ops import c_kernels, compiled, pointwise
 from hf_geglu.ops.decode import MOST_TOKENS
 
 Choice: TypeAlias = Literal["reference", "lean", "tiled"]
 
 ENOUGH_ELEMENTS = 1 << 18
-"""Tokens x intermediate size below which calling a kernel (0.2 ms a block) costs more than it saves."""
+"""Tokens x intermediate size below which a block that is called as a whole costs more than it saves."""
 
-ENOUGH_WHERE_TORCH_IS_QUICK = 3 << 20
+ENOUGH_WHERE_TORCH_IS_QUICK = 1 << 20
 """The same on a CPU, for activations that torch's own kernels compute well."""
+
+ENOUGH_BY_TORCH_S_COMPILER = 3 << 20
+"""And where the kernels are those of torch's compiler (0.2 ms a call) instead of those in C."""
 
 ENOUGH_WEIGHTS = 1 << 19
 """Weights of a block from which on reading them is what few tokens cost, so that packed ones are quicker."""
@@ -43,7 +46,10 @@ class Call:
 def choose(call: Call) -> Choice:
     """The cheapest way for that call."""
     quick = call.device_type == "cpu" and call.activation not in SLOW_ALONE
-    enough = ENOUGH_WHERE_TORCH_IS_QUICK if quick else ENOUGH_ELEMENTS
+    enough = ENOUGH_ELEMENTS
+    if quick:
+        in_c = c_kernels.why_not(call.device_type, call.dtype) is None
+        enough = ENOUGH_WHERE_TORCH_IS_QUICK if in_c else ENOUGH_BY_TORCH_S_COMPILER
     if call.tokens * call.width < enough or not _has_kernel(call):
         return "reference"
     if quick and not call.differentiated:
@@ -69,5 +75,7 @@ def _has_kernel(call: Call) -> bool:
     if call.dtype == torch.float64 or call.device_type not in ("cpu", "cuda"):
         return False
     if call.device_type == "cuda" and pointwise.triton_missing() is None:
+        return True
+    if c_kernels.why_not(call.device_type, call.dtype) is None:
         return True
     return compiled.why_not(call.device_type) is None

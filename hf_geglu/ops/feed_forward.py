@@ -56,7 +56,7 @@ def ffn(
     elif differentiated(x_D, weights):
         answer_TD = block.run(x_TD, weights, how)
     else:
-        with torch.autocast(x_D.device.type, enabled=False):
+        with block.without_autocast(x_D.device.type):
             answer_TD, _ = block.forward(x_TD, weights, how)
     return as_rows(answer_TD, x_D.shape[:-1])
 

@@ -42,7 +42,7 @@ _backward = torch.library.custom_op(
 
 def _run(x_TD: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
     weights, way = Weights.of(rest[: len(NAMES)]), _way(*rest[len(NAMES) :])
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with block.without_autocast(x_TD.device.type):
         answer_TD, saved = block.forward(x_TD, weights, way)
     return [answer_TD, *saved]
 
@@ -53,7 +53,7 @@ def _run_backward(
     *flat, needed = rest
     weights, way = Weights.of(tuple(flat[: len(NAMES)])), _way(*flat[len(NAMES) :])
     own = tuple(tensor.clone() for tensor in saved)  # an operator may not write over what it is given
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with block.without_autocast(x_TD.device.type):
         found = block.backward(grad_TD, x_TD, own, weights, way, tuple(needed))
     return [gradient for gradient in found if gradient is not None]
 

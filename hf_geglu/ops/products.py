@@ -63,11 +63,11 @@ class Sums:
     dx_TI: torch.Tensor | None = None
     """The gradient of the input; made as late as possible."""
 
-    def input_rows(self, x_TI: torch.Tensor, tile: slice) -> torch.Tensor:
-        """Where a tile's share of the gradient of `x_TI`, all tokens, belongs."""
+    def input_rows(self, x_TI: torch.Tensor, tile: slice | None) -> torch.Tensor:
+        """Where a tile's share of the gradient of `x_TI`, all tokens, belongs; None is the only tile."""
         if self.dx_TI is None:
             self.dx_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
-        return self.dx_TI[tile]
+        return self.dx_TI if tile is None else self.dx_TI[tile]
 
     def add_product(self, name: str, grad_TO: torch.Tensor, x_TI: torch.Tensor, *, transposed: bool) -> None:
         """A weight's share: ``grad^T x`` (O, I), or ``x^T grad`` (I, O) where the weight is `transposed`."""
