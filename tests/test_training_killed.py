@@ -12,28 +12,38 @@ from typing import Any
 import pytest
 from killed_runs import Forge
 from safetensors import safe_open
-from tiny_tasks import sentence
+from tiny_tasks import sentence, write_task
 from tiny_training import causal_tokenizer, gpt2
 
 pytest.importorskip("accelerate")
-pytest.importorskip("datasets")
+load_dataset = pytest.importorskip("datasets").load_dataset
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs fork, memfd and SIGKILL")
 
 STEPS = 12
 FLAGS = (
-    f"--model_name_or_path model --block_size 16 --max_steps {STEPS} --save_steps 2 --eval_steps 3 --warmup_steps 3 "
+    f"--max_steps {STEPS} --save_steps 2 --eval_steps 3 --warmup_steps 3 "
     "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 1e-2 --weight_decay 0.1 --use_cpu "
     "--ema_decay 0.9 --load_best_model_at_end --max_eval_samples 4 --logging_steps 0"
 ).split()
+TEXT = ["--model_name_or_path", "model", "--block_size", "16", "--train_file"]
 DATA = {
-    # 60 rows of a table; 20 rows of a stream, which is read more than twice
-    "map": ["--train_file", "long.jsonl"],
-    "streaming": ["--train_file", "short.jsonl", "--streaming"],
+    # 60 rows of a table; 20 rows of a stream, which is read more than twice, and 40 of another
+    "map": ("clm", [*TEXT, "long.jsonl"]),
+    "streaming": ("clm", [*TEXT, "short.jsonl", "--streaming"]),
+    "pictures": (
+        "image_classification",
+        ["--model_name_or_path", "image_classification-model", "--train_file", "pictures.parquet", "--streaming"],
+    ),
 }
 
 
-def make_place(folder: Path) -> None:
+def make_place(folder: Path, kind: str) -> None:
+    if kind == "pictures":
+        write_task(folder, "image_classification")
+        rows = load_dataset("imagefolder", data_dir=str(folder / "image_classification-data"), split="train")
+        rows.select([i // 2 + 20 * (i % 2) for i in range(40)]).to_parquet(folder / "pictures.parquet")
+        return
     gpt2(dropout=0.1).save_pretrained(folder / "model")
     causal_tokenizer().save_pretrained(folder / "model")
     for name, rows in (("long", 60), ("short", 20)):
@@ -76,12 +86,13 @@ def left(out: Path) -> dict[str, Any]:
 
 
 def check(place: Path, kind: str, *, processes: int, kills: int, seed: int) -> None:
-    make_place(place)
+    make_place(place, kind)
     forge = Forge(place, processes=processes)
     chance = random.Random(seed)
-    flags = [*FLAGS, *DATA[kind]]
+    task, more = DATA[kind]
+    flags = [*FLAGS, *more]
     try:
-        word, moments = forge.run("clm", [*flags, "--output_dir", "whole"])
+        word, moments = forge.run(task, [*flags, "--output_dir", "whole"])
         assert word == "done"
         whole = left(place / "whole")
         assert [row["step"] for row in whole["train_log.jsonl"]] == list(range(1, STEPS + 1))
@@ -91,7 +102,7 @@ def check(place: Path, kind: str, *, processes: int, kills: int, seed: int) -> N
             resume = ["--resume"] if (place / "out").exists() else []
             process = chance.randrange(processes)
             at = chance.randint(1, moments[process] // 3) if killed < kills else -1
-            word, _ = forge.run("clm", [*flags, "--output_dir", "out", *resume], at=at, process=process)
+            word, _ = forge.run(task, [*flags, "--output_dir", "out", *resume], at=at, process=process)
             told = f"process {process} {word}" + f" at moment {at} of {moments[process]}" * (at > 0)
             print(f"{kind}, {processes} process(es), seed {seed}: {told}")
             killed += word == "killed"
@@ -118,6 +129,6 @@ def test_killed_at_3_random_moments(tmp_path: Path, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("kind", ["map", "streaming"])
+@pytest.mark.parametrize("kind", DATA)
 def test_killed_at_10_random_moments(tmp_path: Path, kind: str, processes: int) -> None:
     check(tmp_path, kind, processes=processes, kills=10, seed=10 * processes)

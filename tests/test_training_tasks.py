@@ -21,6 +21,7 @@ import transformers
 from hf_geglu.errors import ConfigurationError, DataError
 from hf_geglu.training import RunSettings, evaluate
 from hf_geglu.training.command_line import parse
+from hf_geglu.training.outset import set_out
 from hf_geglu.training.run import finetune
 from hf_geglu.training.tasks import TASKS, Request
 
@@ -229,6 +230,78 @@ def test_bad_pictures(place: Path) -> None:
     with pytest.raises(DataError, match="holds no pictures"):
         finetune(empty, "image_classification")
     assert not Path("out").exists()
+
+
+PICTURES = "image_classification"
+
+
+def streamed(place: Path, *more: str, out: str = "out") -> RunSettings:
+    """Of pictures in a parquet file, dark and light in turns."""
+    if not Path("train.parquet").exists():
+        from datasets import load_dataset
+
+        settings(place, PICTURES)
+        folder = load_dataset("imagefolder", data_dir=f"{PICTURES}-data", split="train")
+        folder.select([i // 2 + 20 * (i % 2) for i in range(40)]).to_parquet("train.parquet")
+    flags = ["--model_name_or_path", f"{PICTURES}-model", "--train_file", "train.parquet"]
+    return parse([*flags, *RUN.split(), "--max_eval_samples", "6", "--output_dir", out, *more], PICTURES)
+
+
+def test_pictures_of_a_stream_are_those_of_the_table(place: Path) -> None:
+    """In its own order, decoded when they are needed."""
+    outset: Any = set_out(streamed(place, "--streaming", "--augment", "false"), PICTURES)[0]
+    stream, objective, held = outset.corpus.train, outset.objective, outset.corpus.validation
+    table: Any = set_out(streamed(place, "--validation_split_percentage", "0", "--augment", "false"), PICTURES)[
+        0
+    ].corpus.train
+    found = list(stream)
+    assert (len(found), len(held), len(table)) == (34, 6, 40)
+    theirs = [table[i] for i in range(40)]
+    for examples, others in ((held, theirs[:6]), (found, theirs[6:])):
+        batch, other = (objective.batch(each, positions=range(len(each)), seed=0) for each in (examples, others))
+        assert torch.equal(batch["labels"], other["labels"])
+        assert torch.equal(batch["pixel_values"], other["pixel_values"])
+
+
+def test_a_stream_of_pictures_interrupted_and_resumed(place: Path) -> None:
+    whole = finetune(streamed(place, "--streaming"), PICTURES)
+    assert whole.data[0] == "training: a stream, read in its own order"
+    assert "validation: 6 pictures" in whole.data
+    assert whole.trained.evals[-1].metrics.keys() >= {"accuracy"}
+    interrupted(lambda: finetune(streamed(place, "--streaming", out="again"), PICTURES), after=3)
+    resumed = finetune(streamed(place, "--streaming", "--resume", out="again"), PICTURES)
+    assert resumed.trained.losses == whole.trained.losses
+    auto = transformers.AutoModelForImageClassification
+    assert same_weights(auto.from_pretrained("out"), auto.from_pretrained("again"))
+
+
+def test_a_stream_of_a_folder(place: Path) -> None:
+    """What is held out does not come again; and that its classes come one after the other is said."""
+    words = ["--streaming", "--max_eval_samples", "3"]
+    settings(place, PICTURES)
+    dark, light = (Path(f"{PICTURES}-data") / name for name in ("dark", "light"))
+    (light / "again.png").write_bytes((dark / "0.png").read_bytes())  # the first one, which is held out
+    found = prepared(place, PICTURES, *words)
+    assert len(list(found.corpus.train)) == 37
+    assert not any("one class" in line for line in found.corpus.lines)
+    for number in range(60):
+        (dark / f"more{number}.png").write_bytes((dark / "2.png").read_bytes())
+    assert any("begins with 64 rows of one class" in line for line in prepared(place, PICTURES, *words).corpus.lines)
+
+
+def test_a_stream_of_pictures_that_breaks(place: Path) -> None:
+    given = streamed(place, "--streaming", "--label_names", "dark", "light")
+    from datasets import Dataset, Features, Image, Value
+
+    rows = Dataset.from_parquet("train.parquet").cast_column("image", Image(decode=False)).to_list()
+    rows[10]["image"] = {"bytes": b"no picture", "path": None}
+    features = Features({"image": Image(decode=False), "label": Value("int64")})
+    Dataset.from_list(rows, features=features).cast_column("image", Image()).to_parquet("train.parquet")
+    with pytest.raises(DataError, match=r"the picture of row 4 cannot be read"):
+        finetune(given, PICTURES)
+    with pytest.raises(ConfigurationError, match="nothing says the classes of label"):
+        finetune(streamed(place, "--streaming", out="unnamed"), PICTURES)
+    assert not Path("unnamed").exists()
 
 
 def test_crops_depend_on_seed_and_position_only(place: Path) -> None:

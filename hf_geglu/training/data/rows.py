@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_geglu.errors import DataError
 from hf_geglu.training.data.mixture import open_mixture
+from hf_geglu.training.data.pictures import Stored, undecoded
 from hf_geglu.training.data.sources import Rows, column_types, open_source
 from hf_geglu.training.settings.data import DataSettings
 
@@ -131,9 +131,11 @@ def _apart(
     """Both without rows that occur in both: dropped from the validation set, or from a stream, which cannot be searched
     beforehand."""
     if streaming:
-        held = set(_keys(validation, inputs))
+        held = set(_keys(validation, inputs, pictures=pictures))
+        if pictures:
+            train = undecoded(train, inputs[0])
         return (
-            train.filter(lambda row: _key([row[name] for name in inputs]) not in held),
+            train.filter(lambda row: _key_of([row[name] for name in inputs], pictures=pictures) not in held),
             validation,
             ("validation: its rows are left out of the stream wherever they occur again",),
         )
@@ -155,18 +157,14 @@ def _apart(
 def _keys(rows: Rows, inputs: Sequence[str], *, pictures: bool = False) -> Iterator[bytes]:
     rows = rows.select_columns(list(inputs))
     if pictures:
-        from datasets import Image
-
-        for row in rows.cast_column(inputs[0], Image(decode=False)):
-            held = row[inputs[0]]
-            content = held["bytes"] if held["bytes"] is not None else Path(held["path"]).read_bytes()
-            yield hashlib.blake2b(content, digest_size=16).digest()
-        return
-    for batch in rows.iter(batch_size=1000):
+        rows = undecoded(rows, inputs[0])
+    for batch in rows.iter(batch_size=16 if pictures else 1000):
         for values in zip(*(batch[name] for name in inputs), strict=True):
-            yield _key(values)
+            yield _key_of(values, pictures=pictures)
 
 
-def _key(values: Sequence[Any]) -> bytes:
+def _key_of(values: Sequence[Any], *, pictures: bool) -> bytes:
+    if pictures:
+        return hashlib.blake2b(Stored.of(values[0], 0).content, digest_size=16).digest()
     text = json.dumps(list(values), ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -133,10 +133,12 @@ def _read_files(names: Iterable[str], data: DataSettings, *, pictures: bool) -> 
     """Rows of all these files, which must be of one kind; and whether they are lines of a running text."""
     from datasets import load_dataset
 
-    if pictures:
+    names = list(names)
+    if pictures and not all(_ending(Path(name)) == ".parquet" for name in names):
         folders = [str(_picture_folder(Path(name))) for name in names]
         if len(folders) == 1:
-            return load_dataset("imagefolder", data_dir=folders[0], split="train", drop_labels=False), False
+            options = {"data_dir": folders[0], "drop_labels": False}
+            return load_dataset("imagefolder", split="train", streaming=data.streaming, **options), False
         raise DataError(f"{len(folders)} folders of pictures: expected one, with a folder for each class in it.")
     files = [file for name in names for file in _expand(Path(name))]
     kinds = {_reader(file)[0] for file in files}

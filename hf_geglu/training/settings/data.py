@@ -11,7 +11,6 @@ from hf_geglu.training.settings.flags import flag, require
 _TEXTS = ("clm", "mlm")
 _PACKED = ("clm", "mlm", "sft")
 _TOKENISED = ("clm", "mlm", "sft", "seq2seq", "text_classification", "token_classification")
-_WORDS = ("text_classification", "token_classification")
 _CLASSES = ("text_classification", "token_classification", "image_classification")
 
 
@@ -79,9 +78,9 @@ class DataSettings:
         None, "default: fractions say regression, lists several labels", metavar="TYPE", tasks=("text_classification",)
     )
     label_names: list[str] | None = flag(
-        None, "the classes in order, where the data do not say them", metavar="NAME", tasks=_WORDS
+        None, "the classes in order, where the data do not say them", metavar="NAME", tasks=_CLASSES
     )
-    streaming: bool = flag(False, "read the data while training; needs --max_steps", tasks=_TOKENISED)
+    streaming: bool = flag(False, "read the data while training; needs --max_steps")
     block_size: int | None = flag(
         None,
         "length of a block; default: 1024, or what the model takes if less",

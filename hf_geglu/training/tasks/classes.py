@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_geglu.errors import ConfigurationError, DataError
+from hf_geglu.training.data.sources import Rows
+
+HEAD = 64
+"""Rows of a stream that are looked at for their classes."""
 
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "intent", "fine_label")
 """Columns that are taken for the class, in this order."""
@@ -129,6 +133,17 @@ def streamed_classes(*, known: Iterable[str] | None, config: Any, column: str, g
             "Give --label_names."
         )
     return Classes(names)
+
+
+def all_of_one_class(rows: Rows, column: str) -> tuple[str, ...]:
+    """A word about a stream that begins with `HEAD` rows of one class, as folders and sorted tables do."""
+    seen = {str(row[column]) for row in rows.select_columns([column]).take(HEAD)}
+    if len(seen) > 1:
+        return ()
+    return (
+        f"training: the stream begins with {HEAD} rows of one class, and is read in its order: a model forgets one "
+        "class over the other. Shuffle the data, or leave --streaming out",
+    )
 
 
 def _in_range(counts: Counter[Any], size: int, column: str) -> None:

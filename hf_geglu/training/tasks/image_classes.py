@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
 import torch
 
 from hf_geglu.errors import ConfigurationError, DataError
-from hf_geglu.training.data.corpus import Corpus
-from hf_geglu.training.data.rows import row_sets
+from hf_geglu.training.data.batches import Blocks, MapBlocks
+from hf_geglu.training.data.corpus import Corpus, StreamedBlocks, require_first
+from hf_geglu.training.data.pictures import Stored, undecoded
+from hf_geglu.training.data.rows import RowSets, row_sets
 from hf_geglu.training.data.sources import Rows
 from hf_geglu.training.objectives.metrics import ClassMetric
 from hf_geglu.training.objectives.objective import Batch, Example
-from hf_geglu.training.tasks.classes import Classes, classes_of, find_label_column
+from hf_geglu.training.settings.data import DataSettings
+from hf_geglu.training.tasks.classes import (
+    Classes,
+    all_of_one_class,
+    classes_of,
+    find_label_column,
+    streamed_classes,
+    told,
+)
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 
 AREA = (0.35, 1.0)
@@ -41,7 +50,7 @@ class PictureClasses:
         """pixel_values (B, channels, height, width) and labels (B,)."""
         rows = [example for example in examples if isinstance(example, Mapping)]
         pictures = [
-            _varied(row["image"], random.Random(f"{seed}:{position}")) if row["varied"] else row["image"]
+            _varied(_decoded(row), random.Random(f"{seed}:{position}")) if row["varied"] else _decoded(row)
             for row, position in zip(rows, positions, strict=True)
         ]
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -72,6 +81,28 @@ class Pictures:
             "labels": self.classes.number(row["label"]),
             "varied": self.varied,
         }
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """From the rows of a stream to examples, whose pictures are decoded when a batch needs them: a resumed run and the
+    other processes go by without."""
+
+    classes: Classes
+
+    def examples(self, rows: Rows, *, varied: bool) -> Iterator[dict[str, Any]]:
+        """One after the other."""
+        for number, row in enumerate(undecoded(rows, "image")):
+            yield {
+                "image": Stored.of(row["image"], number),
+                "labels": self.classes.number(row["label"]),
+                "varied": varied,
+            }
+
+
+def _decoded(example: Mapping[str, Any]) -> Any:
+    image = example["image"]
+    return image.decoded() if isinstance(image, Stored) else image
 
 
 def _varied(picture: Any, draw: random.Random) -> Any:
@@ -111,47 +142,52 @@ def _prepare(request: Request) -> Prepared:
         raise ConfigurationError(
             "pillow is not installed: expected it for reading pictures. Run: pip install pillow"
         ) from error
+    data = request.data
     sets = row_sets(
-        request.data, lambda found: find_columns(found, request), inputs=("image",), seed=request.seed, pictures=True
+        data, lambda found: find_columns(found, request), inputs=("image",), seed=request.seed, pictures=True
     )
     label = next(old for old, new in sets.columns.items() if new == "label")
-    every = [sets.train, *([sets.validation] if sets.validation is not None else [])]
-    known = getattr(sets.train.features["label"], "names", None)
-    values = [value for rows in every for value in rows.select_columns(["label"])["label"]]
-    classes = classes_of(values, known=known, config=request.config, column=label)
-    for rows in every:
-        _readable(rows)
-    train = Pictures(sets.train, classes, varied=request.data.augment)
-    lines = [f"training: {len(train):,} pictures", *sets.lines]
-    lines.append(f"{len(classes.names)} classes: {', '.join(classes.names[:8])}{', ...' * (len(classes.names) > 8)}")
-    validation = None
-    if sets.validation is not None:
-        validation = Pictures(sets.validation, classes, varied=False)
+    known = getattr((sets.train.features or {}).get("label"), "names", None)
+    if data.streaming:
+        classes = streamed_classes(known=known, config=request.config, column=label, given=data.label_names)
+        train, validation, lines = _streamed(sets, classes, data)
+    else:
+        every = [rows for rows in (sets.train, sets.validation) if rows is not None]
+        values = [value for rows in every for value in rows.select_columns(["label"])["label"]]
+        classes = classes_of(values, known=known, config=request.config, column=label, given=data.label_names)
+        for rows in every:
+            _readable(rows)
+        train = Pictures(sets.train, classes, varied=data.augment)
+        validation = None if sets.validation is None else Pictures(sets.validation, classes, varied=False)
+        lines = [f"training: {len(train):,} pictures"]
+    lines += [*sets.lines, f"{len(classes.names)} classes: {told(classes.names)}"]
+    if validation is not None:
         lines.append(f"validation: {len(validation):,} pictures")
     objective = PictureClasses(request.processor, ClassMetric(len(classes.names)))
     column = next(old for old, new in sets.columns.items() if new == "image")
     return Prepared(objective, Corpus(train, validation, tuple(lines), column, sets.revision), classes.options())
 
 
+def _streamed(sets: RowSets, classes: Classes, data: DataSettings) -> tuple[Blocks, MapBlocks | None, list[str]]:
+    """The stream, and what is evaluated on, which is held in memory as it is stored."""
+    reader = _Reader(classes)
+    validation = None
+    if sets.validation is not None:
+        validation = list(reader.examples(sets.validation, varied=False))
+        for example in validation:
+            example["image"].check()
+        if not validation:
+            raise DataError("a validation set without pictures: expected some. Check the data, or --max_eval_samples.")
+    train = StreamedBlocks(lambda: reader.examples(sets.train, varied=data.augment))
+    require_first(train)
+    lines = ["training: a stream, read in its own order", *all_of_one_class(sets.train, "label")]
+    return train, validation, lines
+
+
 def _readable(rows: Rows) -> None:
     """Look at the head of every picture, so that a broken one is found before the first step."""
-    from datasets import Image
-    from PIL import Image as Reader
-    from PIL import UnidentifiedImageError
-
-    for number, row in enumerate(rows.select_columns(["image"]).cast_column("image", Image(decode=False))):
-        held = row["image"]
-        if held is None:
-            raise DataError(f"row {number} has no picture: expected one in each. Leave it out.")
-        try:
-            with Reader.open(BytesIO(held["bytes"]) if held["bytes"] is not None else held["path"]) as picture:
-                picture.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            name = str(held["path"] or "").replace("\\", "/").rpartition("/")[2]
-            raise DataError(
-                f"the picture {name or f'of row {number}'} cannot be read: expected png, jpeg or another format that "
-                "pillow reads. Leave it out, or mend it."
-            ) from error
+    for number, row in enumerate(undecoded(rows.select_columns(["image"]), "image")):
+        Stored.of(row["image"], number).check()
 
 
 IMAGE_CLASSIFICATION = TaskKind(

@@ -17,7 +17,7 @@ from hf_geglu.training.data.rows import row_sets
 from hf_geglu.training.data.sources import Rows
 from hf_geglu.training.objectives.metrics import ClassMetric, LabelMetric, NumberMetric
 from hf_geglu.training.objectives.objective import Batch, Example, padded
-from hf_geglu.training.tasks.classes import find_label_column
+from hf_geglu.training.tasks.classes import all_of_one_class, find_label_column
 from hf_geglu.training.tasks.kind import Prepared, Request, TaskKind
 from hf_geglu.training.tasks.targets import OneClass, Target, target_of
 
@@ -93,6 +93,8 @@ def _prepare(request: Request) -> Prepared:
         train = StreamedBlocks(lambda: reader.encoded(sets.train, Counts()))
         require_first(train)
         line = "training: a stream, read in its own order"
+        if isinstance(target, OneClass):
+            lines += all_of_one_class(sets.train, "label")
     else:
         train, line = reader.examples(sets.train, "training")
     lines = [line, *sets.lines, target.line, *lines]
