@@ -49,7 +49,7 @@ TRAINING_LAYERS = [
     ["data", "processes", "config_file"],
     ["parameters", "evaluation", "tasks"],
     ["updates", "reports", "opening", "distillation", "leak", "callback"],
-    ["checkpoints", "best"],
+    ["checkpoints", "best", "loss"],
     ["loop", "output"],
     ["outset"],
     ["forecast", "run"],

@@ -17,6 +17,7 @@ pytest.importorskip("accelerate")
 from hf_geglu.training import CausalLM, CheckpointFolder, MaskedLM, TrainSettings, evaluate, train
 from hf_geglu.training.evaluation import summed_nll
 from hf_geglu.training.objectives.head import Head, NoHead, find_head
+from hf_geglu.training.parameters.preparing import tied_gradient
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 CAPPED = {"final_logit_softcapping": 7.0}
@@ -156,6 +157,40 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     result = train(resumed, blocks, None, how, resume_from=tmp_path / "checkpoint-2")
     assert result.losses == expected.losses
     assert same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [gpt2, bert, lambda: tiny("gemma2", tie_word_embeddings=True)])
+def test_a_tied_gradient_is_made_once(build: Any, dtype: torch.dtype) -> None:
+    """As exactly as when it is made twice, several times over the same tokens; and not at all where it is not tied."""
+    model = build().double()
+    ids = torch.arange(96).reshape(4, 24) % 7
+    batch = {"input_ids": ids, "labels": ids.roll(-1, 1)}
+
+    def gradient(of: nn.Module, *, once: bool) -> torch.Tensor:
+        head = find_head(of)
+        assert isinstance(head, Head)
+        assert head.linear.weight is of.get_input_embeddings().weight  # type: ignore[operator]
+        with tied_gradient(of, head if once else NoHead("for comparison")):
+            assert of.get_input_embeddings().sparse == once  # type: ignore[operator]
+            for _ in range(2):  # the second time it is added to the first
+                summed_nll(of, batch, head, divisor=50.0).backward()
+        assert not of.get_input_embeddings().sparse  # type: ignore[operator]
+        found = head.linear.weight.grad
+        assert found is not None
+        assert found.layout is torch.strided
+        return found.double()
+
+    exact = gradient(copy.deepcopy(model), once=False)
+    found, before = (gradient(copy.deepcopy(model).to(dtype), once=once) for once in (True, False))
+    assert (found - exact).norm() < 1.5 * (before - exact).norm() + 1e-12
+    frozen = copy.deepcopy(model)
+    frozen.get_input_embeddings().weight.requires_grad_(False)
+    with tied_gradient(frozen, find_head(frozen)):
+        assert not frozen.get_input_embeddings().sparse
+    untied = tiny("llama")
+    with tied_gradient(untied, find_head(untied)):
+        assert not untied.get_input_embeddings().sparse
 
 
 def test_evaluation_finds_the_head_itself() -> None:

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from hf_geglu.training.checkpoints.generators import seed_generators
 from hf_geglu.training.checkpoints.progress import Progress
 from hf_geglu.training.checkpoints.state import TrainingState, fingerprint
 from hf_geglu.training.data.batches import BatchShape, Blocks, MapBlocks, step_batches, step_count
-from hf_geglu.training.distillation import Distillation
-from hf_geglu.training.evaluation import evaluate, summed_nll, to_device, without_cache
-from hf_geglu.training.objectives.head import Head, NoHead, find_head
+from hf_geglu.training.evaluation import evaluate, to_device, without_cache
+from hf_geglu.training.loss import Loss, loss_for
 from hf_geglu.training.objectives.objective import Batch, CausalLM, Objective, token_count
 from hf_geglu.training.objectives.objective import predicted as is_predicted
-from hf_geglu.training.parameters.preparing import cast_weights, gradient_checkpointing, with_kernels
+from hf_geglu.training.parameters.preparing import cast_weights, gradient_checkpointing, tied_gradient, with_kernels
 from hf_geglu.training.parameters.trainable import choose_trainable, value_masks
 from hf_geglu.training.processes.accelerator import make_accelerator, without_marks
 from hf_geglu.training.processes.sharded_model import reshard, share_out, shares_the_model, whole_again
@@ -107,7 +105,7 @@ def train(
         if not sharded:  # else each layer is moved when it is shared: the whole may not fit
             model.to(accelerator.device)
         cleanup.enter_context(with_kernels(model, settings))
-        loss_of = _loss(model, settings, teacher, accelerator)
+        loss_of = loss_for(model, settings, teacher, accelerator)
         trained, zero = choose_trainable(model, settings.trainable), uses_zero(accelerator)
         cleanup.enter_context(trained.only(model, hooks=zero))
         values = trained.values or _values_of(model, settings)
@@ -116,6 +114,8 @@ def train(
         if sharded:
             share_out(model, accelerator)
             loss_of = loss_of.of_shares()
+        elif accelerator.num_processes == 1 and not zero:
+            cleanup.enter_context(tied_gradient(model, loss_of.head))
         optimizer = make_optimizer(model, settings, values=values)
         scheduler = make_scheduler(optimizer, settings, total_steps=total)
         scale_value_updates(model, optimizer, settings, values)
@@ -230,47 +230,7 @@ def _values_of(model: nn.Module, settings: TrainSettings) -> dict[str, torch.Ten
     return masks
 
 
-@dataclass(frozen=True)
-class _Loss:
-    """What a forward is summed to: the labels' negative log-likelihood, or that and what a teacher says."""
-
-    head: Head | NoHead
-    distillation: Distillation | None
-    accelerator: Any
-
-    def of_shares(self) -> _Loss:
-        """The same of the model after it was shared out."""
-        return self if isinstance(self.head, NoHead) else replace(self, head=replace(self.head, sharded=True))
-
-    def __call__(self, model: nn.Module, batch: Batch, *, divisor: float) -> torch.Tensor:
-        if self.distillation is None:
-            return summed_nll(model, batch, self.head, divisor=divisor)
-        return self.distillation.summed(model, batch, autocast=self.accelerator.autocast()) / divisor
-
-
-def _loss(model: nn.Module, settings: TrainSettings, teacher: nn.Module | None, accelerator: Any) -> _Loss:
-    """The loss of these settings; says so where the logits are needed for it.
-
-    Raises:
-        ConfigurationError: a teacher without --distill, or the other way round.
-    """
-    if (teacher is None) != (settings.distill == 0):
-        raise ConfigurationError(
-            f"distill={settings.distill:g} {'without' if teacher is None else 'with'} a teacher: expected a share "
-            "above 0 and a model to learn from, or neither. Set both or none."
-        )
-    head: Head | NoHead = NoHead("chunked_cross_entropy is off")
-    if settings.chunked_cross_entropy == "auto":
-        head = find_head(model)
-        if isinstance(head, NoHead):
-            logger.info("the logits of a forward are made whole: %s", head.reason)
-    if teacher is None:
-        return _Loss(head, None, accelerator)
-    teacher.to(accelerator.device)
-    return _Loss(head, Distillation(teacher, settings.distill, settings.distill_temperature), accelerator)
-
-
-def _accumulate(stepping: Stepping, batches: list[Batch], accelerator: Any, loss_of: _Loss) -> tuple[float, int, int]:
+def _accumulate(stepping: Stepping, batches: list[Batch], accelerator: Any, loss_of: Loss) -> tuple[float, int, int]:
     """Backward of the mean loss over all forwards and processes of a step; returns (loss, predicted, tokens)."""
     counts = torch.tensor(
         [
