@@ -3,6 +3,7 @@ behave inside autograd. torch's compiler does nothing here (`test_ops_compiled.p
 
 import itertools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_geglu import functional, ops
 from hf_geglu.errors import KernelError
-from hf_geglu.ops import block, compiled, eager, formulas, products, reference
+from hf_geglu.ops import block, choose, compiled, decode, eager, formulas, onednn, products, reference
 
 D, F, T = 12, 20, 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -386,3 +387,40 @@ def test_without_a_compiler_it_goes_on_and_says_why_once(monkeypatch):
     assert torch.allclose(answer, reference.unit(gate, value, "gelu"), atol=1e-6)
     with pytest.raises(KernelError, match="cannot be compiled: RuntimeError: no g"):
         ops.glu(gate, value, "gelu", backend="compiled")
+
+
+@pytest.mark.parametrize("layout", ["separate", "packed"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mode", ["lean", "tiled"])
+def test_products_by_onednn_are_as_exact(monkeypatch, layout, transposed, mode):
+    """Sums longer than oneDNN makes at once, over inputs, neurons and tokens."""
+    if decode.why_not(torch.float32) is not None:
+        pytest.skip(decode.why_not(torch.float32))
+    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "ENOUGH", 0)
+    monkeypatch.setattr(onednn, "ROWS", 0)
+    asked = []
+    times = onednn.times
+    monkeypatch.setattr(onednn, "times", lambda *tensors: asked.append(tensors[0].shape[1]) or times(*tensors))
+    form = ops.Form(activation="gelu", layout=layout, transposed=transposed)
+    weights = _weights(form, torch.float32, d=24, f=1100)
+    x = torch.randn(1, 1100, 24, generator=torch.Generator().manual_seed(1))
+    exact = _run(x, weights, form, torch.float64, mode="reference")
+    plain = _run(x, weights, form, torch.float32, mode="reference")
+    assert not asked
+    _held(_run(x, weights, form, torch.float32, mode=mode, backend="eager"), plain, exact)
+    projections = 3 if layout == "separate" else 2
+    assert len(asked) == {"lean": 3 * projections, "tiled": 8 * (4 * projections - 1)}[mode]
+
+
+def test_float32_blocks_run_where_their_products_are_quicker(monkeypatch):
+    call = choose.Call(
+        tokens=512, width=1024, dtype=torch.float32, device_type="cpu", activation="gelu", differentiated=False
+    )
+    found = {}
+    for pays in (False, True):
+        monkeypatch.setattr(onednn, "pays", lambda pays=pays: pays)
+        found[pays] = choose.choose(call)
+        assert choose.choose(replace(call, dtype=torch.bfloat16)) == "reference"
+        assert choose.choose(replace(call, tokens=8)) == "reference"
+    assert found == {False: "reference", True: "lean"}

@@ -84,6 +84,7 @@ def test_a_block_in_auto_mode_runs_by_compiled_kernels(monkeypatch):
 
     monkeypatch.setenv("HF_GEGLU_NO_C", "1")
     monkeypatch.setattr(choose, "ENOUGH_BY_TORCH_S_COMPILER", 0)
+    monkeypatch.setattr(choose, "ENOUGH_ELEMENTS", 0)
     asked = []
     run = compiled._run
     monkeypatch.setattr(compiled, "_run", lambda which, *rest: asked.append(which) or run(which, *rest))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_geglu.ops import pointwise, reference
+from hf_geglu.ops import pointwise, products, reference
 from hf_geglu.ops.form import Form, Projection, split
 from hf_geglu.ops.pointwise import Backend
 from hf_geglu.ops.products import Sums, input_gradient
@@ -104,8 +104,10 @@ def tiles(tokens: int) -> list[slice]:
 def branches(x_TD: torch.Tensor, weights: Weights, form: Form) -> tuple[torch.Tensor, ...]:
     """What is saved of the projections: gate and value, or both in one."""
     if form.layout == "separate":
-        return reference.branches(x_TD, weights.gate, weights.up, form)
-    return (reference.project(x_TD, weights.up, transposed=form.transposed),)
+        assert weights.gate is not None
+        turned = form.transposed
+        return tuple(products.project(x_TD, each, transposed=turned) for each in (weights.gate, weights.up))
+    return (products.project(x_TD, weights.up, transposed=form.transposed),)
 
 
 def halves(saved: tuple[torch.Tensor, ...], form: Form) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,12 +123,12 @@ def forward(x_TD: torch.Tensor, weights: Weights, way: Way) -> tuple[torch.Tenso
         hidden_TF = pointwise.forward(*halves(saved, form), form.activation, form.offset, way.backend)
         if way.dropout:
             hidden_TF = F.dropout(hidden_TF, way.dropout, training=True, inplace=True)
-        return reference.project(hidden_TF, weights.down, transposed=form.transposed), saved
+        return products.project(hidden_TF, weights.down, transposed=form.transposed), saved
     answer_TD = x_TD.new_empty((x_TD.shape[0], weights.down[0].shape[1 if form.transposed else 0]))
     for tile in tiles(x_TD.shape[0]):
         saved = branches(x_TD[tile], weights, form)
         hidden_TF = pointwise.forward(*halves(saved, form), form.activation, form.offset, way.backend)
-        answer_TD[tile] = reference.project(hidden_TF, weights.down, transposed=form.transposed)
+        answer_TD[tile] = products.project(hidden_TF, weights.down, transposed=form.transposed)
     return answer_TD, ()
 
 
@@ -171,7 +173,7 @@ def _backward_tile(
     gate_TF, value_TF = halves(saved, form)
     if wants["down_bias"]:
         sums.add_rows("down_bias", grad_TD)
-    hidden_TF = torch.mm(grad_TD, weights.down[0].t() if turned else weights.down[0])
+    hidden_TF = products.through(grad_TD, weights.down[0], transposed=turned)
     noise_TF = None if noise is None else noise.again(hidden_TF)
     if noise_TF is not None:
         hidden_TF.mul_(noise_TF)

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from hf_geglu.ops import c_kernels, compiled, pointwise
+from hf_geglu.ops import c_kernels, compiled, onednn, pointwise
 from hf_geglu.ops.decode import MOST_TOKENS
 
 Choice: TypeAlias = Literal["reference", "lean", "tiled"]
@@ -45,6 +45,8 @@ class Call:
 
 def choose(call: Call) -> Choice:
     """The cheapest way for that call."""
+    if _by_other_products(call):
+        return "lean" if call.tokens * call.width >= ENOUGH_ELEMENTS else "reference"
     quick = call.device_type == "cpu" and call.activation not in SLOW_ALONE
     enough = ENOUGH_ELEMENTS
     if quick:
@@ -55,6 +57,13 @@ def choose(call: Call) -> Choice:
     if quick and not call.differentiated:
         return "reference"  # torch's two kernels, one after the other, are as quick as one
     return "lean"
+
+
+def _by_other_products(call: Call) -> bool:
+    """Whether the products themselves are quicker in a block than in its modules, which then matters most."""
+    if call.device_type != "cpu" or call.dtype != torch.float32 or not _has_kernel(call):
+        return False
+    return onednn.pays()
 
 
 def always_too_small(tokens: int, width: int) -> bool:

@@ -19,22 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_geglu.ops import reference
+from hf_geglu.ops import onednn, reference
 from hf_geglu.ops.block import Weights
 from hf_geglu.ops.form import Form, split
 
 MOST_TOKENS = 64
 """Tokens up to which packed weights were clearly quicker; the layout is chosen for so many."""
 
-LONGEST = 1024
-"""Inputs that one product in float32 may sum. oneDNN adds them one after the other, MKL in several sums: over 2048
-inputs its error is 2.2 times MKL's, over 1024 it is 1.6 times. Longer rows are packed in pieces, whose products are
-added."""
-
 
 @dataclass(frozen=True, slots=True)
 class PackedProjection:
-    """Weights for consecutive inputs, as oneDNN wants them, and the bias."""
+    """Weights for consecutive inputs, as oneDNN wants them, and the bias. In float32 each piece has no more inputs than
+    `onednn` sums at once."""
 
     pieces: tuple[Tensor, ...]
     widths: tuple[int, ...]
@@ -45,7 +41,7 @@ class PackedProjection:
     def of(cls, weight_OI: Tensor, bias_O: Tensor | None) -> PackedProjection:
         """Packed copies; the bias is copied too."""
         inputs = weight_OI.shape[1]
-        longest = LONGEST if weight_OI.dtype == torch.float32 else inputs
+        longest = onednn.LONGEST if weight_OI.dtype == torch.float32 else inputs
         count = -(-inputs // longest)
         width = -(-inputs // (64 * count)) * 64 if count > 1 else inputs
         parts = torch.split(weight_OI.detach(), width, dim=1)
@@ -120,7 +116,7 @@ def why_not(dtype: torch.dtype) -> str | None:
             return "this processor does not multiply bfloat16, and packed weights were measured only where it does"
     elif dtype != torch.float32:
         return f"weights in {str(dtype).removeprefix('torch.')} are not packed; float32 and bfloat16 are"
-    if not _onednn_is_on():
+    if not onednn.is_on():
         return "this torch has no oneDNN, or it is turned off"
     generator = torch.Generator().manual_seed(0)
     x_TI, weight_OI, bias_O = (torch.randn(*shape, generator=generator) for shape in ((2, 96), (64, 96), (64,)))
@@ -133,11 +129,6 @@ def why_not(dtype: torch.dtype) -> str | None:
     expected_TO = x_TI.double() @ weight_OI.double().t() + bias_O.double()
     off = float((found_TO.double() - expected_TO).abs().max() / expected_TO.abs().max())
     return None if off <= 16 * torch.finfo(dtype).eps else "oneDNN's packed product does not come out right"
-
-
-def _onednn_is_on() -> bool:
-    asked: Any = torch.backends.mkldnn
-    return bool(asked.is_available() and asked.enabled)
 
 
 def _multiplies_bfloat16() -> bool:

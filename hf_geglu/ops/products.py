@@ -1,4 +1,6 @@
-"""The matrix products of a block's backward pass, for weights (out, in) and (in, out).
+"""The matrix products of a block, for weights (out, in) and (in, out); nothing here is differentiable.
+
+In float32 on a CPU, `hf_geglu.ops.onednn` multiplies where it was measured to be clearly quicker.
 
 Legend: T tokens, I inputs and O outputs of a projection.
 """
@@ -11,6 +13,9 @@ from functools import cache
 
 import torch
 
+from hf_geglu.ops import onednn, reference
+from hf_geglu.ops.form import Projection
+
 ENOUGH = 1024
 """Tokens from which on a copy of the operand could pay for itself."""
 
@@ -18,12 +23,29 @@ MARGIN = 0.9
 """How much quicker the product with a copy must have been."""
 
 
+def project(x_TI: torch.Tensor, projection: Projection, *, transposed: bool) -> torch.Tensor:
+    """x W + b, as `reference.project`."""
+    weight, bias = projection
+    if onednn.better(x_TI, weight):
+        return onednn.times(x_TI, weight if transposed else weight.t(), bias)
+    return reference.project(x_TI, projection, transposed=transposed)
+
+
+def through(grad_TO: torch.Tensor, weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """``grad W``, (T, I)."""
+    matrix_OI = weight.t() if transposed else weight
+    return onednn.times(grad_TO, matrix_OI) if onednn.better(grad_TO, weight) else torch.mm(grad_TO, matrix_OI)
+
+
 def input_gradient(
     grad_TO: torch.Tensor, weight: torch.Tensor, *, transposed: bool, out: torch.Tensor, add: bool = False
 ) -> None:
     """``grad W`` into `out` (T, I), or added to it."""
     matrix_OI = weight.t() if transposed else weight
-    if add:
+    if onednn.better(grad_TO, weight):
+        product_TI = onednn.times(grad_TO, matrix_OI)
+        out.add_(product_TI) if add else out.copy_(product_TI)
+    elif add:
         out.addmm_(grad_TO, matrix_OI)
     else:
         torch.mm(grad_TO, matrix_OI, out=out)
@@ -73,6 +95,10 @@ class Sums:
         """A weight's share: ``grad^T x`` (O, I), or ``x^T grad`` (I, O) where the weight is `transposed`."""
         first, second = (x_TI, grad_TO) if transposed else (grad_TO, x_TI)
         left = first.t()
+        if onednn.better(left, second):
+            share = onednn.times(left, second)
+            self.found[name] = self.found[name].add_(share) if name in self.found else share
+            return
         if first.shape[0] >= ENOUGH and copies_pay(first.device.type, first.dtype):
             left = left.contiguous()
         if name in self.found:
