@@ -11,13 +11,14 @@ import torch
 from tiny_models import tiny
 from tiny_training import bert, gpt2, llama, one_thread, random_blocks, same_weights  # noqa: F401
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("accelerate")
 
 from hf_geglu.training import CausalLM, CheckpointFolder, MaskedLM, TrainSettings, evaluate, train
 from hf_geglu.training.evaluation import summed_nll
 from hf_geglu.training.objectives.head import Head, NoHead, find_head
-from hf_geglu.training.parameters.preparing import tied_gradient
+from hf_geglu.training.objectives.tied import tied_gradient
 
 MLM = MaskedLM(mask_token_id=4, vocab_size=96, special_ids=frozenset(range(6)), probability=0.3, pad_token_id=5)
 CAPPED = {"final_logit_softcapping": 7.0}
@@ -160,9 +161,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", [gpt2, bert, lambda: tiny("gemma2", tie_word_embeddings=True)])
+@pytest.mark.parametrize("build", [gpt2, bert, lambda: tiny("llama", tie_word_embeddings=True, pad_token_id=3)])
 def test_a_tied_gradient_is_made_once(build: Any, dtype: torch.dtype) -> None:
-    """As exactly as when it is made twice, several times over the same tokens; and not at all where it is not tied."""
+    """As exactly as when it is made twice, several times over the same tokens, and nothing else is large."""
     model = build().double()
     ids = torch.arange(96).reshape(4, 24) % 7
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1)}
@@ -170,27 +171,47 @@ def test_a_tied_gradient_is_made_once(build: Any, dtype: torch.dtype) -> None:
     def gradient(of: nn.Module, *, once: bool) -> torch.Tensor:
         head = find_head(of)
         assert isinstance(head, Head)
-        assert head.linear.weight is of.get_input_embeddings().weight  # type: ignore[operator]
-        with tied_gradient(of, head if once else NoHead("for comparison")):
-            assert of.get_input_embeddings().sparse == once  # type: ignore[operator]
-            for _ in range(2):  # the second time it is added to the first
-                summed_nll(of, batch, head, divisor=50.0).backward()
-        assert not of.get_input_embeddings().sparse  # type: ignore[operator]
-        found = head.linear.weight.grad
-        assert found is not None
-        assert found.layout is torch.strided
-        return found.double()
+        weight = head.linear.weight
+        with tied_gradient(of, head if once else NoHead("for comparison")) as found:
+            head = found if isinstance(found, Head) else head
+            assert (head.weight_by is not None) == once
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+                for _ in range(2):  # the second time it is added to the first
+                    summed_nll(of, batch, head, divisor=50.0).backward()
+        shape = list(weight.shape)
+        sums = [e for e in seen.events() if e.name == "aten::add_" and e.input_shapes[0] == shape]
+        assert len(sums) == (1 if once else 3)  # of the two passes; and in each
+        assert "forward" not in vars(of.get_input_embeddings())  # type: ignore[operator]
+        assert weight.grad is not None
+        return weight.grad.double()
 
     exact = gradient(copy.deepcopy(model), once=False)
     found, before = (gradient(copy.deepcopy(model).to(dtype), once=once) for once in (True, False))
     assert (found - exact).norm() < 1.5 * (before - exact).norm() + 1e-12
-    frozen = copy.deepcopy(model)
+
+
+def test_no_part_of_a_tied_gradient_is_lost() -> None:
+    """Where a backward goes by the embedding, or by the projection."""
+    model = gpt2()
+    ids = torch.arange(12)[None]
+    embedded = model.get_input_embeddings()(ids).detach()
+    weight = model.get_input_embeddings().weight
+    with tied_gradient(model, find_head(model)) as head:
+        assert isinstance(head, Head)
+        for inputs in ({"inputs_embeds": embedded}, {"input_ids": ids}):
+            found = []
+            for given in (head, NoHead("for comparison")):
+                model.zero_grad()
+                summed_nll(model, {**inputs, "labels": ids}, given).backward()
+                assert weight.grad is not None
+                found.append(weight.grad.clone())
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    frozen = gpt2()
     frozen.get_input_embeddings().weight.requires_grad_(False)
-    with tied_gradient(frozen, find_head(frozen)):
-        assert not frozen.get_input_embeddings().sparse
-    untied = tiny("llama")
-    with tied_gradient(untied, find_head(untied)):
-        assert not untied.get_input_embeddings().sparse
+    for other in (frozen, tiny("llama")):  # frozen, untied
+        plain = find_head(other)
+        with tied_gradient(other, plain) as head:
+            assert head is plain
 
 
 def test_evaluation_finds_the_head_itself() -> None:

@@ -31,7 +31,8 @@ from hf_geglu.training.evaluation import evaluate, to_device, without_cache
 from hf_geglu.training.loss import Loss, loss_for
 from hf_geglu.training.objectives.objective import Batch, CausalLM, Objective, token_count
 from hf_geglu.training.objectives.objective import predicted as is_predicted
-from hf_geglu.training.parameters.preparing import cast_weights, gradient_checkpointing, tied_gradient, with_kernels
+from hf_geglu.training.objectives.tied import tied_gradient
+from hf_geglu.training.parameters.preparing import cast_weights, gradient_checkpointing, with_kernels
 from hf_geglu.training.parameters.trainable import choose_trainable, value_masks
 from hf_geglu.training.processes.accelerator import make_accelerator, without_marks
 from hf_geglu.training.processes.sharded_model import reshard, share_out, shares_the_model, whole_again
@@ -115,7 +116,7 @@ def train(
             share_out(model, accelerator)
             loss_of = loss_of.of_shares()
         elif accelerator.num_processes == 1 and not zero:
-            cleanup.enter_context(tied_gradient(model, loss_of.head))
+            loss_of = loss_of.with_head(cleanup.enter_context(tied_gradient(model, loss_of.head)))
         optimizer = make_optimizer(model, settings, values=values)
         scheduler = make_scheduler(optimizer, settings, total_steps=total)
         scale_value_updates(model, optimizer, settings, values)

@@ -31,6 +31,10 @@ class Loss:
         """The same of the model after it was shared out."""
         return self if isinstance(self.head, NoHead) else replace(self, head=replace(self.head, sharded=True))
 
+    def with_head(self, head: Head | NoHead) -> Loss:
+        """The same by another head."""
+        return replace(self, head=head)
+
     def __call__(self, model: nn.Module, batch: Batch, *, divisor: float) -> torch.Tensor:
         """The sum over a batch, divided by that."""
         if self.distillation is None:

@@ -40,12 +40,14 @@ class Head:
         softcap: bound of the logits, None without one.
         sharded: FSDP has put its hooks around the projection since it was tried. They gather its weight for whatever
             forward it has, so it can be led another way as before.
+        weight_by: what the weight goes through on its way to the loss (see `tied`).
     """
 
     linear: nn.Linear = field(repr=False)
     scale: float = 1.0
     softcap: float | None = None
     sharded: bool = False
+    weight_by: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def usable(self) -> bool:
         """Nothing else was put around the projection since it was tried."""
@@ -67,9 +69,10 @@ class Head:
         losses: list[Tensor] = []
 
         def loss_instead(hidden: Tensor) -> Tensor:
+            weight = self.linear.weight if self.weight_by is None else self.weight_by(self.linear.weight)
             loss = linear_cross_entropy(
                 hidden,
-                self.linear.weight,
+                weight,
                 labels.reshape(hidden.shape[:-1]),
                 bias=self.linear.bias,
                 ignore_index=ignore_index,
