@@ -8,6 +8,7 @@
     ├── SelectionError        `layers=` matches nothing, or cannot be read
     ├── PlanError             a plan that does not fit the model, or that cannot be read
     │   └── ConversionError   no conversion leads from this site to that variant
+    ├── StreamError           a model that cannot be run layer by layer
     ├── SurgeryError          the model cannot be changed (it was left as it was)
     ├── VerificationError     what came out is not what the plan promised (the model was put back)
     ├── WeightsError          NaN or infinite weights, missing or truncated tensors
@@ -58,6 +59,10 @@ class PlanError(HfGegluError):
 
 class ConversionError(PlanError):
     """No conversion leads from this site to that variant."""
+
+
+class StreamError(HfGegluError):
+    """A model that cannot be run layer by layer."""
 
 
 class SurgeryError(HfGegluError):

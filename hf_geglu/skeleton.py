@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from hf_geglu import modeling_geglu
 from hf_geglu.auto import auto_classes
@@ -48,16 +52,44 @@ def base_architecture(config: Any) -> Any:
     return modeling_geglu.base_class(name)
 
 
-def skeleton(config: Any, model_class: Any, **kwargs: Any) -> nn.Module:
+def skeleton(config: Any, model_class: Any, *, buffers: bool = False, **kwargs: Any) -> nn.Module:
     """A model of that class without weights. Neither `config` nor any random state is changed.
 
     Args:
         config: of the model.
         model_class: a model class, or an Auto class.
+        buffers: compute those that a constructor computes (frequencies of rotary positions), as loading would.
         **kwargs: for an Auto class's `from_config` (`trust_remote_code`).
     """
     build = getattr(model_class, "from_config", None) or getattr(model_class, "_from_config", None) or model_class
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), _buffers_only() if buffers else torch.device("meta"):
         model = build(copy.deepcopy(config), **kwargs)
     assert isinstance(model, nn.Module)
     return model
+
+
+class _EmptyIsNowhere(TorchFunctionMode):
+    """What is made without numbers, as weights are, takes no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _buffers_only() -> Iterator[None]:
+    """Parameters go to the meta device as soon as they are made, buffers stay."""
+
+    def forget(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(forget)  # type: ignore[arg-type] # it may give another one
+    try:
+        with _EmptyIsNowhere():
+            yield
+    finally:
+        hook.remove()

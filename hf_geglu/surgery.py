@@ -7,7 +7,8 @@ this one is not touched: a converted model gets a config of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -109,9 +110,7 @@ def apply(model: nn.Module, plan: Plan, fits: Fits | None = None) -> Undo:
     undo = Undo(plan=plan, fits=fits or {})
     try:
         for entry in plan.converted:
-            _expose_activation(model, entry.site, undo)
-            _rewrite_parameters(model, entry, undo)
-            _replace_activation(model, entry, undo)
+            _install(model, entry, undo)
         if plan.converted:
             _declare(model, plan, undo)
     except BaseException:
@@ -119,6 +118,32 @@ def apply(model: nn.Module, plan: Plan, fits: Fits | None = None) -> Undo:
         raise
     record(model, undo)
     return undo
+
+
+@contextmanager
+def installed(model: nn.Module, plan: Plan, fits: Fits, *, paths: Callable[[str], bool]) -> Iterator[None]:
+    """Some blocks of a plan are converted inside, and nothing else: config and class stay as they are.
+
+    Args:
+        model: of which those blocks have their weights.
+        plan: what to do.
+        fits: see `apply`.
+        paths: which blocks, by the `up` of their sites.
+    """
+    undo = Undo(plan=plan, fits=fits)
+    try:
+        for entry in plan.converted:
+            if paths(entry.site.up):
+                _install(model, entry, undo)
+        yield
+    finally:
+        undo.roll_back()
+
+
+def _install(model: nn.Module, entry: SitePlan, undo: Undo) -> None:
+    _expose_activation(model, entry.site, undo)
+    _rewrite_parameters(model, entry, undo)
+    _replace_activation(model, entry, undo)
 
 
 def revert(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     ["declaration"],
     ["surgery"],
     ["distance"],
-    ["verify"],
+    ["verify", "streaming"],
     ["calibration"],
     ["narrowing"],
     ["provenance"],

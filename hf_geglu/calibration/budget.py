@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_geglu.calibration.data import CalibrationData
-from hf_geglu.distance import cast, comparison, is_causal, outputs_of, squares
+from hf_geglu.distance import Outputs, cast, comparison, is_causal, outputs_of, squares
 from hf_geglu.errors import ConversionError, PlanError
 from hf_geglu.modes import evaluating
 from hf_geglu.plan import Plan
@@ -45,10 +45,48 @@ class Measured:
         return f"KL {self.kl:.3g}{interval}, nll {self.delta_nll:+.4f} nats a token ({self.tokens:,} tokens)"
 
 
+class Meter:
+    """Adds up what batches show.
+
+    Args:
+        causal: whether logits at t predict token t + 1.
+    """
+
+    def __init__(self, *, causal: bool) -> None:
+        self._causal = causal
+        self._kls: list[tuple[float, float, int]] = []
+        self._square = self._size = 0.0
+
+    def add(self, before: Outputs, after: Outputs, batch: Mapping[str, Any]) -> None:
+        """Take in one batch: the outputs of the original and of the converted model."""
+        for name, tensor in before.items():
+            square, size = squares(tensor, after[name])
+            self._square += square
+            self._size += size
+        found = comparison(before, after, dtype="", tokens=_labels(batch), causal=self._causal)
+        if found.kl is not None and found.delta_nll is not None:
+            self._kls.append((found.kl, found.delta_nll, found.tokens))
+
+    @property
+    def measured(self) -> Measured:
+        """Over all batches."""
+        kls = self._kls
+        relative = math.sqrt(self._square / max(self._size, 1e-300))
+        tokens = sum(count for _, _, count in kls)
+        if not tokens:
+            return Measured(kl=None, delta_nll=None, kl_interval=None, relative=relative, tokens=0)
+        kl = sum(value * count for value, _, count in kls) / tokens
+        delta = sum(value * count for _, value, count in kls) / tokens
+        interval = None
+        if len(kls) > 1:
+            variance = sum((value - kl) ** 2 for value, _, _ in kls) / (len(kls) - 1)
+            interval = 1.96 * math.sqrt(variance / len(kls))
+        return Measured(kl=kl, delta_nll=delta, kl_interval=interval, relative=relative, tokens=tokens)
+
+
 def measure(model: nn.Module, plan: Plan, fits: Fits, data: CalibrationData) -> Measured:
     """Convert, compare and put back, batch by batch: one model in memory, and the outputs of one batch."""
-    kls: list[tuple[float, float, int]] = []
-    square = size = 0.0
+    meter = Meter(causal=is_causal(model))
     for batch in data.batches:
         with evaluating(model), torch.no_grad():
             inputs = cast(batch, model)
@@ -58,24 +96,8 @@ def measure(model: nn.Module, plan: Plan, fits: Fits, data: CalibrationData) -> 
                 after = outputs_of(model, inputs)
             finally:
                 revert(model)
-        for name, tensor in before.items():
-            more_square, more_size = squares(tensor, after[name])
-            square += more_square
-            size += more_size
-        found = comparison(before, after, dtype="", tokens=_labels(batch), causal=is_causal(model))
-        if found.kl is not None and found.delta_nll is not None:
-            kls.append((found.kl, found.delta_nll, found.tokens))
-    relative = math.sqrt(square / max(size, 1e-300))
-    tokens = sum(count for _, _, count in kls)
-    if not tokens:
-        return Measured(kl=None, delta_nll=None, kl_interval=None, relative=relative, tokens=0)
-    kl = sum(value * count for value, _, count in kls) / tokens
-    delta = sum(value * count for _, value, count in kls) / tokens
-    interval = None
-    if len(kls) > 1:
-        variance = sum((value - kl) ** 2 for value, _, _ in kls) / (len(kls) - 1)
-        interval = 1.96 * math.sqrt(variance / len(kls))
-    return Measured(kl=kl, delta_nll=delta, kl_interval=interval, relative=relative, tokens=tokens)
+        meter.add(before, after, batch)
+    return meter.measured
 
 
 def _labels(batch: Mapping[str, Any]) -> torch.Tensor | None:
@@ -87,8 +109,8 @@ def within_budget(
     model: nn.Module,
     plan: Plan,
     fits: Fits,
-    data: CalibrationData,
     *,
+    measure: Callable[[Plan, Fits], Measured],
     max_kl: float,
     measured: Measured | None,
     costs: Mapping[str, float],
@@ -97,6 +119,16 @@ def within_budget(
     """Leave out as few sites as the budget asks for, those first that are estimated to cost most.
 
     How many is found by bisection; each count is measured on the whole model.
+
+    Args:
+        model: that the plan was made for; its weights are not looked at.
+        plan: with the choice for every site.
+        fits: that belong to it.
+        measure: what a plan with its fits costs.
+        max_kl: nats a token.
+        measured: what the whole plan costs.
+        costs: estimated, of each site.
+        found: the sites of the model.
 
     Raises:
         PlanError: no logits to measure KL on, or not even one site fits the budget.
@@ -115,7 +147,7 @@ def within_budget(
     best: tuple[Plan, Fits, Measured] | None = None
     while high - low > 1 or best is None:
         count = max(1, (low + high) // 2) if high - low > 1 else high
-        trial = _without(model, plan, fits, data, order[:count], costs, found, max_kl)
+        trial = _without(model, plan, fits, measure, order[:count], costs, found, max_kl)
         if trial is not None and trial[2].kl is not None and trial[2].kl <= max_kl:
             best, high = trial, count
         elif count == high:
@@ -135,7 +167,7 @@ def _without(
     model: nn.Module,
     plan: Plan,
     fits: Fits,
-    data: CalibrationData,
+    measure: Callable[[Plan, Fits], Measured],
     left: list[str],
     costs: Mapping[str, float],
     found: FoundSites,
@@ -150,4 +182,4 @@ def _without(
     except ConversionError:
         return None
     kept = {path: fit for path, fit in fits.items() if path not in reasons}
-    return smaller, kept, measure(model, smaller, kept, data)
+    return smaller, kept, measure(smaller, kept)

@@ -6,27 +6,29 @@ The model is not changed. What comes out is a plan that says what was chosen and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_geglu.calibration.budget import Measured, measure, within_budget
+from hf_geglu.calibration.choosing import CORRECTED, PER_NEURON, Outcome, choose
 from hf_geglu.calibration.correction import Correction, Metric, groups
 from hf_geglu.calibration.data import CalibrationData
 from hf_geglu.calibration.gather import Progress, Statistic, Together, gather
 from hf_geglu.calibration.histogram import WeightedHistogram
-from hf_geglu.calibration.lines import EXACT, down_matrix, fit_site, fitted_sites
-from hf_geglu.calibration.trial import Trial, best
-from hf_geglu.choice import TABLE, CalibrationRecord, FitRecord
+from hf_geglu.calibration.lines import down_matrix, fit_site, fitted_sites
+from hf_geglu.calibration.shelf import Shelf
+from hf_geglu.calibration.trial import Trial
+from hf_geglu.choice import TABLE
 from hf_geglu.conversions import Coefficients
+from hf_geglu.fingerprint import fingerprint
 from hf_geglu.plan import Plan, SitePlan
 from hf_geglu.sites import FoundSites, find_sites
 from hf_geglu.sites.weights import is_stack
 from hf_geglu.surgery import Fits
-
-PER_NEURON, CORRECTED = "per neuron", "per neuron, corrected"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,8 +74,8 @@ def calibrate(
         max_kl: nats a token that the conversion may cost on the held-out data. The sites that cost most are left
             unconverted until it is kept, and the plan says so.
         seed: of the labels behind the gradients.
-        state: file that keeps the statistics of the first pass, which is most of the work, so that a killed calibration
-            goes on.
+        state: folder that keeps what the passes have found, so that a calibration that was killed goes on and ends with
+            the same bits; it can be removed when this returns.
         progress: called after each batch of all passes with (done, of how many).
 
     Raises:
@@ -82,31 +84,35 @@ def calibrate(
     """
     used, held = data.split()
     entries, reasons = fitted_sites(model, plan.converted)
-    trials = _trials(model, used, held, entries, seed=seed, state=state, progress=progress) if entries else {}
-    chosen = {path: _choose(trial) for path, trial in trials.items()}
-    fits: Fits = {path: trials[path].candidates[record.method] for path, record in chosen.items() if record.fitted}
-    record = CalibrationRecord(
-        data=data.name,
-        fingerprint=data.fingerprint,
-        tokens=used.tokens,
-        held_out_tokens=held.tokens,
-        seed=seed,
+    shelf = None if state is None else Shelf(state, _key(model, plan, data, seed))
+    trials = _trials(model, used, held, entries, seed=seed, shelf=shelf, progress=progress) if entries else {}
+    outcomes = {path: Outcome.of(trial) for path, trial in trials.items()}
+    chosen = choose(plan, outcomes, reasons, data, seed=seed)
+    measured = measure(model, chosen.plan, chosen.fits, held) if plan.converted else None
+    if max_kl is None:
+        return Calibrated(plan=chosen.plan, fits=chosen.fits, held_out=measured, notes=(chosen.note,))
+    made, fits, measured, note = within_budget(
+        model,
+        chosen.plan,
+        chosen.fits,
+        measure=lambda plan, fits: measure(model, plan, fits, held),
+        max_kl=max_kl,
+        measured=measured,
+        costs=chosen.costs,
+        found=find_sites(model) if found is None else found,
     )
-    made = replace(
-        plan,
-        sites=tuple(replace(entry, fit=chosen.get(entry.site.up)) for entry in plan.sites),
-        calibration=record,
-    )
-    notes = [_summary(chosen, {p: r for p, r in reasons.items() if r != EXACT})]
-    measured = measure(model, made, fits, held) if plan.converted else None
-    if max_kl is not None:
-        costs = {path: trial.costs()[chosen[path].method] for path, trial in trials.items()}
-        found = find_sites(model) if found is None else found
-        made, fits, measured, note = within_budget(
-            model, made, fits, held, max_kl=max_kl, measured=measured, costs=costs, found=found
-        )
-        notes += [note] if note else []
-    return Calibrated(plan=made, fits=fits, held_out=measured, notes=tuple(notes))
+    return Calibrated(plan=made, fits=fits, held_out=measured, notes=tuple(filter(None, [chosen.note, note])))
+
+
+def _key(model: nn.Module, plan: Plan, data: CalibrationData, seed: int) -> dict[str, Any]:
+    """What the fits depend on."""
+    return {
+        "model": fingerprint(model).to_dict(),
+        "plan": plan.to_dict(),
+        "data": data.fingerprint,
+        "seed": seed,
+        "torch": torch.__version__,
+    }
 
 
 def _trials(
@@ -116,7 +122,7 @@ def _trials(
     entries: Sequence[SitePlan],
     *,
     seed: int,
-    state: Path | None,
+    shelf: Shelf | None,
     progress: Progress | None,
 ) -> dict[str, Trial]:
     """All candidates of every site, fitted to `used` and measured on `held`."""
@@ -126,15 +132,15 @@ def _trials(
     total = len(used.batches) * (1 + passes) + len(held.batches)
     done = 0
 
-    def run(data: CalibrationData, statistics: Mapping[str, Statistic], **settings: Any) -> None:
+    def run(name: str, data: CalibrationData, statistics: Mapping[str, Statistic], **settings: Any) -> None:
         nonlocal done
         before = done
-        watched = [site for site in sites if site.up in statistics]
         gather(
             model,
             data,
             statistics,
-            sites=watched,
+            sites=[site for site in sites if site.up in statistics],
+            state=None if shelf is None else shelf.path(name),
             progress=None if progress is None else lambda now, _: progress(before + now, total),
             **settings,
         )
@@ -143,7 +149,7 @@ def _trials(
     histograms = {site.up: WeightedHistogram(site, downs[site.up]) for site in sites}
     metrics = {site.up: Metric(site.d_out) for site in sites}
     seen = {up: Together(histogram=histograms[up], metric=metrics[up]) for up in histograms}
-    run(used, seen, gradients=True, seed=seed, state=state)
+    run("seen", used, seen, gradients=True, seed=seed)
     candidates: dict[str, dict[str, Coefficients]] = {
         entry.site.up: {
             TABLE: Coefficients.of(entry.scaling),
@@ -152,13 +158,24 @@ def _trials(
         for entry in entries
     }
     corrected = [e for e in entries if not is_stack(e.site.projection) and histograms[e.site.up].direct]
-    for group in groups(corrected):
+    for number, group in enumerate(groups(corrected)):
+        name = f"corrected-{number}"
+        kept = None if shelf is None else shelf.read_lines(name)
+        if kept is not None:
+            for up, lines in kept[0].items():
+                candidates[up] |= lines
+            done += len(used.batches)
+            continue
         sums = {e.site.up: Correction(e, candidates[e.site.up][PER_NEURON], downs[e.site.up]) for e in group}
-        run(used, sums)
-        for up, found in sums.items():
-            line = found.solved(metrics[up].sum_DD)
+        run(f"sums-{number}", used, sums)
+        solved = {up: found.solved(metrics[up].sum_DD) for up, found in sums.items()}
+        for up, line in solved.items():
             if line is not None:
                 candidates[up][CORRECTED] = line
+        if shelf is not None:  # the sums are large, what they give is not
+            found = {up: {CORRECTED: line} for up, line in solved.items() if line is not None}
+            shelf.write_lines(name, found)
+            shelf.drop(f"sums-{number}")
     done = len(used.batches) * (1 + passes)
     trials = {
         entry.site.up: Trial(
@@ -169,36 +186,5 @@ def _trials(
         )
         for entry in entries
     }
-    run(held, trials, gradients=True, seed=seed + 1)
+    run("trial", held, trials, gradients=True, seed=seed + 1)
     return trials
-
-
-def _choose(trial: Trial) -> FitRecord:
-    errors, costs = trial.errors(), trial.costs()
-    by_cost = any(costs.values())
-    figures: Mapping[str, float] = costs if by_cost else errors
-    name = best(figures, tuple(errors))
-    others = {each: errors[each] for each in errors if each != name}
-    if not int(trial.tokens):
-        name, reason = TABLE, "no held-out token came to it"
-    elif by_cost:
-        compared = ", ".join(f"{each} {cost:.2g}" for each, cost in costs.items())
-        reason = f"fewest nats a token on held-out data, to second order: {compared}"
-    else:
-        reason = "smallest error of the block's output on held-out data"
-    return FitRecord(method=name, error=errors[name], alternatives=others, reason=reason)
-
-
-def _summary(chosen: Mapping[str, FitRecord], reasons: Mapping[str, str]) -> str:
-    """What was picked, for how many blocks, and why the others were not asked."""
-    parts = []
-    for method in dict.fromkeys(record.method for record in chosen.values()):
-        errors = sorted(record.error or 0.0 for record in chosen.values() if record.method == method)
-        parts.append(
-            f"{len(errors)} blocks {method} (relative error {errors[len(errors) // 2]:.1e} in the middle, "
-            f"{errors[-1]:.1e} at worst)"
-        )
-    for reason in dict.fromkeys(reasons.values()):
-        count = sum(each == reason for each in reasons.values())
-        parts.append(f"{count} not fitted: {reason}")
-    return "chosen on held-out data: " + "; ".join(parts)

@@ -116,14 +116,14 @@ def gather(
             with torch.enable_grad() if gradients else nullcontext():
                 outputs = outputs_of(model, inputs)
                 if gradients:
-                    _score(outputs, mask, torch.Generator().manual_seed(seed * 1_000_003 + number)).backward()  # type: ignore[no-untyped-call]
+                    score(outputs, mask, torch.Generator().manual_seed(seed * 1_000_003 + number)).backward()  # type: ignore[no-untyped-call]
             if state is not None and ((number + 1) % SAVE_EVERY == 0 or number + 1 == total):
                 _save(state, key, number + 1, statistics)
             if progress is not None:
                 progress(number + 1, total)
 
 
-def _score(outputs: Mapping[str, torch.Tensor], mask: Any, generator: torch.Generator) -> torch.Tensor:
+def score(outputs: Mapping[str, torch.Tensor], mask: Any, generator: torch.Generator) -> torch.Tensor:
     """Log-likelihood of labels drawn from the model's own distribution, summed over tokens; of other outputs a product
     with noise. In both cases the mean square of its gradient is a metric of the outputs pulled back to the site."""
     logits = outputs.get("logits")

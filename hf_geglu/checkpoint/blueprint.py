@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite, find_sites
 from hf_geglu.sites.weights import weight_name
 from hf_geglu.skeleton import skeleton
+from hf_geglu.surgery import Fits, check_fits
 
 Loaded = Callable[[str, torch.dtype], torch.dtype]
 
@@ -51,6 +52,7 @@ class Wish:
     dtype: str | torch.dtype
     model_class: Any
     trust_remote_code: bool
+    fits: Fits = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,14 @@ class Blueprint:
     """Stored tensors that the class has no use for, as `from_pretrained` drops them."""
     absent: tuple[str, ...]
     """Parameters that the checkpoint does not hold: heads and poolers that loading makes up, before and after."""
+    tied: Mapping[str, str]
+    """Parameter that shares its numbers with others -> the one that speaks for them."""
+    merged: tuple[Merged, ...]
+    """Parameters that are put together from several stored tensors."""
+    dtype: torch.dtype
+    """That the checkpoint is loaded in."""
+    fits: Fits
+    """What the plan's fits are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,8 @@ def draw(folder: Path, stored: Sequence[Stored], wish: Wish, *, papers: Path) ->
     same = tied(base, parameters)
     absent = lacking(base, {*parameters, *same, *(name for group in merged for name in group.parameters)})
     plan = _plan(base, wish)
-    changes = _changes(base, plan)
+    check_fits(plan, wish.fits)
+    changes = _changes(base, plan, wish.fits)
     variant = _variant(base, plan, folder)
     new = [name for name, planned in changes.items() if not planned.rewrite.present]
     names = save_without_weights(variant, papers, same, dict.fromkeys([*parameters, *same, *new]))
@@ -119,6 +130,10 @@ def draw(folder: Path, stored: Sequence[Stored], wish: Wish, *, papers: Path) ->
         names=inverse,
         dropped=tuple(tensor.name for tensor in stored if tensor.name not in goes),
         absent=absent,
+        tied=same,
+        merged=merged,
+        dtype=dtype,
+        fits=wish.fits,
     )
 
 
@@ -135,25 +150,23 @@ def _plan(base: nn.Module, wish: Wish) -> Plan:
     if plan.refused:
         listed = "; ".join(f"{entry.path}: {entry.reason}" for entry in plan.refused)
         raise PlanError(f"{len(plan.refused)} selected FFN blocks cannot be converted: {listed}")
-    fitted = [entry.site.up for entry in plan.converted if entry.fitted]
-    if fitted:
+    if plan.narrows:
         raise PlanError(
-            f"{len(fitted)} sites of this plan were fitted to calibration data, {fitted[0]} first, and a checkpoint is "
-            "converted tensor by tensor without them; convert in memory: from_pretrained(..., calibration=...), then "
-            "save_folder"
+            "this plan makes blocks narrower, which takes the weights of whole blocks; convert in memory: "
+            "hf_geglu.convert(model, width=..., calibration=...), then save_folder"
         )
     if plan.tier == "in-memory":
         raise PlanError(f"this conversion cannot be saved: {plan.tier_reason}")
     return plan
 
 
-def _changes(base: nn.Module, plan: Plan) -> dict[str, _Planned]:
+def _changes(base: nn.Module, plan: Plan, fits: Fits) -> dict[str, _Planned]:
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     found = {}
     for entry in plan.converted:
         weight = weight_name(entry.site.up, entry.site.projection)
         try:
-            for rewrite in rewrites(entry.site, entry.scaling, shapes):
+            for rewrite in rewrites(entry.site, fits.get(entry.site.up, entry.scaling), shapes):
                 found[rewrite.name] = _Planned(rewrite, rewrite.name if rewrite.present else weight)
         except KeyError as error:
             raise PlanError(f"the plan names {error}, which this checkpoint does not have; make a new plan") from error
@@ -205,9 +218,13 @@ def _outputs(
             shape=source.shape if planned is None else planned.rewrite.new_shape,
             source=source,
             cast=dtype,
-            change=None if planned is None else Change(planned.rewrite.function, planned.rewrite.dim),
+            change=None if planned is None else _change(planned.rewrite),
         )
     return outputs
+
+
+def _change(rewrite: Rewrite) -> Change:
+    return Change(rewrite.function, rewrite.dim, rewrite.rows)
 
 
 def _merged_outputs(
@@ -216,9 +233,9 @@ def _merged_outputs(
     """What is written of parameters that are stored in parts: the parts, under their own names, as saving would."""
     outputs = {}
     for group in merged:
-        touched = [changes[name].rewrite for name in group.parameters if name in changes]
+        touched = [group.changes(changes[name].rewrite, base) for name in group.parameters if name in changes]
         for part in group.parts:
-            found = [change for rewrite in touched if (change := group.change(part, rewrite, base)) is not None]
+            found = [of_parts[part.name] for of_parts in touched if part.name in of_parts]
             if len(found) > 1:
                 raise PlanError(
                     f"{part.name} is part of two parameters that change; leave that layer out with `layers=`"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from hf_geglu.calibration import CalibrationData
+from hf_geglu.calibration import Progress as CalibrationProgress
 from hf_geglu.checkpoint.blueprint import Blueprint, Wish, draw
+from hf_geglu.checkpoint.calibrating import Result, calibrate_checkpoint, digest_of
 from hf_geglu.checkpoint.carry import Belongings, belongings, carry
 from hf_geglu.checkpoint.job import Job, fingerprint, left_to_tidy
 from hf_geglu.checkpoint.layout import Shard, index_json, shards
@@ -29,6 +32,7 @@ from hf_geglu.plan import GeluForm, Plan
 from hf_geglu.provenance import Provenance, base_of
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite
+from hf_geglu.surgery import Fits
 from hf_geglu.verify import Report
 
 Progress = Callable[[int, int], None]
@@ -78,6 +82,10 @@ def convert_checkpoint(
     target: str | os.PathLike[str],
     *,
     plan: Plan | None = None,
+    fits: Fits | None = None,
+    calibration: CalibrationData | Iterable[Any] | None = None,
+    max_kl: float | None = None,
+    tokenizer: Any = None,
     variant: str = "geglu",
     layers: Layers = None,
     gelu: GeluForm = "owner",
@@ -92,6 +100,7 @@ def convert_checkpoint(
     papers: bool = False,
     command: Sequence[str] = (),
     progress: Progress | None = None,
+    calibration_progress: CalibrationProgress | None = None,
 ) -> ConvertedCheckpoint:
     """Convert a checkpoint that need not fit into memory.
 
@@ -103,6 +112,13 @@ def convert_checkpoint(
         source: folder with safetensors or torch .bin files (those are opened with ``weights_only``), or a Hub id.
         target: folder to write. Must not exist, or be empty, unless `overwrite`.
         plan: from `make_plan`; the arguments `variant`, `layers` and `gelu` make one otherwise.
+        fits: the tensors that belong to a plan whose sites were fitted.
+        calibration: data to fit every block's conversion to, see `hf_geglu.convert`. The model is run one layer at a
+            time: memory is needed for one layer, its sums and one batch (`hf_geglu.calibration.layerwise`), and disk
+            beside the target for what the layers return. The choice and the numbers are those of a calibration in
+            memory up to rounding.
+        max_kl: nats a token that the conversion may cost on the held-out quarter, see `hf_geglu.convert`.
+        tokenizer: for calibration texts.
         variant: see `make_plan`.
         layers: see `make_plan`.
         gelu: see `make_plan`.
@@ -120,6 +136,7 @@ def convert_checkpoint(
             SHA-256. Where the whole model was run, golden outputs are among them.
         command: words of the command that made it, for the papers.
         progress: called with (bytes done, bytes in all).
+        calibration_progress: called with (layers passed by a batch, of about how many).
 
     Returns:
         What was done, with the report of the verification.
@@ -133,6 +150,11 @@ def convert_checkpoint(
     """
     if verify not in get_args(Verify):
         raise PlanError(f"verify={verify!r}; expected one of {', '.join(get_args(Verify))}")
+    if max_kl is not None and calibration is None:
+        raise PlanError("max_kl is measured on calibration data; expected calibration=... beside it")
+    if fits is not None and calibration is not None:
+        raise PlanError("fits= and calibration= were both given; expected the fits that belong to the plan, or data")
+    data = None if calibration is None else CalibrationData.of(calibration, tokenizer=tokenizer)
     place = Path(target)
     if not left_to_tidy(place):
         check_output(place, overwrite=overwrite)
@@ -148,22 +170,49 @@ def convert_checkpoint(
         dtype=dtype,
         model_class=model_class,
         trust_remote_code=trust_remote_code,
+        fits=fits or {},
     )
     with said_when_full(_full(place)), open_checkpoint(weights) as stored, tempfile.TemporaryDirectory() as scratch:
-        drawn = draw(folder, stored, wish, papers=Path(scratch))
-        code = drawn.plan.tier == "native" and trust_remote_code
-        work = _Work(
-            folder=folder,
-            papers=Path(scratch),
-            drawn=drawn,
-            shards=shards(drawn.outputs, max_shard_size),
-            files=belongings(folder, (*weights.names, *_indices(folder)), code=code),
-            verify=verify,
-            document=_documented(command, place.resolve().name, max_shard_size) if papers else None,
-        )
-        settings = {"plan": drawn.plan.to_dict(), "torch": torch.__version__, "files": work.files.carried}
-        mark = fingerprint(work.shards, weights.paths, settings)
+        drawn = draw(folder, stored, wish, papers=_folder(scratch, "planned"))
         with workplace(place) as here:
+            found: Result | None = None
+            if data is not None:
+                try:
+                    found = calibrate_checkpoint(
+                        drawn,
+                        data,
+                        sources=weights.paths,
+                        sites=sites,
+                        max_kl=max_kl,
+                        folder=here.root / "calibration",
+                        progress=calibration_progress,
+                    )
+                except OutputError:
+                    raise
+                except HfGegluError:
+                    here.clear()
+                    raise
+                # the settings are in the plan now
+                wish = replace(wish, plan=found.plan, fits=found.fits, variant="geglu", layers=None, gelu="owner")
+                drawn = draw(folder, stored, replace(wish, sites=None), papers=_folder(scratch, "calibrated"))
+            code = drawn.plan.tier == "native" and trust_remote_code
+            work = _Work(
+                folder=folder,
+                papers=Path(scratch) / ("planned" if found is None else "calibrated"),
+                drawn=drawn,
+                found=found,
+                shards=shards(drawn.outputs, max_shard_size),
+                files=belongings(folder, (*weights.names, *_indices(folder)), code=code),
+                verify=verify,
+                document=_documented(command, place.resolve().name, max_shard_size) if papers else None,
+            )
+            settings = {
+                "plan": drawn.plan.to_dict(),
+                "fits": digest_of(drawn.fits),
+                "torch": torch.__version__,
+                "files": work.files.carried,
+            }
+            mark = fingerprint(work.shards, weights.paths, settings)
             job = Job(here, mark, work.shards)
             try:
                 with said_when_full(_full(place)):
@@ -198,6 +247,8 @@ class _Work:
     papers: Path
     """Where config, generation config and modelling code of the variant are."""
     drawn: Blueprint
+    found: Result | None
+    """What a calibration decided."""
     shards: tuple[Shard, ...]
     files: Belongings
     verify: Verify
@@ -208,7 +259,7 @@ def _carry_out(work: _Work, job: Job, overwrite: bool, progress: Progress | None
     """Do it; returns the report and how many shards were there already."""
     if job.begin():
         files = Files(source=work.folder, written=job.place.target, shards=work.shards)
-        return prove(work.drawn, files, work.verify).report, len(job.shards)
+        return _proved(work, files).report, len(job.shards)
     check_output(job.place.target, overwrite=overwrite)
     folder, pending = job.place.folder, job.pending()
     job.check_room(pending)
@@ -222,11 +273,26 @@ def _carry_out(work: _Work, job: Job, overwrite: bool, progress: Progress | None
         made.append(INDEX)
     carry(work.folder, folder, work.files.carried)
     job.sweep([*made, *work.files.carried])
-    proof = prove(work.drawn, Files(source=work.folder, written=folder, shards=work.shards), work.verify)
+    proof = _proved(work, Files(source=work.folder, written=folder, shards=work.shards))
     if work.document is not None:
         work.document(work, folder, proof)
     job.finish()
     return proof.report, len(job.shards) - len(pending)
+
+
+def _proved(work: _Work, files: Files) -> Proof:
+    """The proof, with what the calibration has to say."""
+    proof = prove(work.drawn, files, work.verify)
+    if work.found is None:
+        return proof
+    note = "; ".join(filter(None, [proof.report.note, *work.found.notes]))
+    return replace(proof, report=replace(proof.report, note=note, held_out=work.found.held_out))
+
+
+def _folder(scratch: str, name: str) -> Path:
+    path = Path(scratch) / name
+    path.mkdir()
+    return path
 
 
 def _documented(command: Sequence[str], name: str, max_shard_size: int | str) -> Callable[[_Work, Path, Proof], None]:
@@ -247,6 +313,7 @@ def _documented(command: Sequence[str], name: str, max_shard_size: int | str) ->
             max_shard_size=max_shard_size,
             name=name,
             base_folder=work.folder,
+            fits=work.drawn.fits,
         )
 
     return document

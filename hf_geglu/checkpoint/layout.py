@@ -21,6 +21,12 @@ class Change:
     function: Callable[[torch.Tensor], torch.Tensor]
     dim: int | None
     """The dimension that `function` mixes or lengthens, None where it is elementwise."""
+    rows: Callable[[int, int], Callable[[torch.Tensor], torch.Tensor]] | None = None
+    """The function of some rows by themselves, where each has numbers of its own."""
+
+    def of_rows(self, start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes rows `start` to `stop`."""
+        return self.function if self.rows is None else self.rows(start, stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

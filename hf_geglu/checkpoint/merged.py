@@ -32,30 +32,60 @@ class Merged:
     parts: tuple[Stored, ...]
     goes: Mapping[str, Arrival]
 
-    def change(self, part: Stored, rewrite: Rewrite, model: Any) -> Change | None:
-        """What a change of a merged parameter means for one of the tensors it is made of; None for nothing.
+    def changes(self, rewrite: Rewrite, model: Any) -> dict[str, Change]:
+        """What a change of a merged parameter means for the tensors it is made of, by their names; those that stay as
+        they are have no entry.
+
+        Every number is marked by the tensor and the row that it lies in, so that one factor for each row is found:
+        conversions have one for all, or one for each neuron.
 
         Raises:
-            PlanError: the change is no scaling, or scales the numbers of one stored tensor differently.
+            PlanError: the change is no scaling, or scales the numbers of a stored row differently.
         """
         if rewrite.old_shape != rewrite.new_shape:
             raise self._impossible(rewrite.name, "they would be expanded")
+        true: set[int] = set()
+        if not rewrite.even and rewrite.dim is not None:  # numbers of each neuron must meet their neurons
+            true = {rewrite.old_shape[0], rewrite.old_shape[rewrite.dim], rewrite.old_shape[rewrite.dim] // 2}
         sizes = sorted({size for tensor in self.parts for size in tensor.shape})
-        small = {size: 2 * (number + 1) for number, size in enumerate(sizes)}
-        marks = [
-            torch.full([small[size] for size in tensor.shape], float(number), dtype=torch.float64)
-            for number, tensor in enumerate(self.parts)
-        ]
+        small = {size: size if size in true else 2 * (number + 1) for number, size in enumerate(sizes)}
+        marks, at = [], [0]
+        for tensor in self.parts:
+            shape = [small[size] for size in tensor.shape]
+            rows = torch.arange(at[-1], at[-1] + shape[0], dtype=torch.float64)
+            marks.append(rows.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone())
+            at.append(at[-1] + shape[0])
         try:
             marked = _convert(self.first, self.parts, self.goes, marks, model)[rewrite.name]
-            factors = rewrite.function(torch.ones_like(marked))
+            shift = rewrite.function(torch.zeros_like(marked))
+            factors = rewrite.function(torch.ones_like(marked)) - shift
         except Exception as error:  # operations that need true sizes, or a config
             raise self._impossible(rewrite.name, f"their numbers cannot be followed ({error})") from error
-        own = torch.unique(factors[marked == float(self.parts.index(part))])
-        if not torch.isin(marked, torch.arange(len(self.parts), dtype=torch.float64)).all() or len(own) != 1:
+        if bool(shift.any()):
+            raise self._impossible(rewrite.name, "they would be shifted")
+        return {
+            part.name: change
+            for part, start, stop in zip(self.parts, at, at[1:], strict=False)
+            if (change := self._change(rewrite, marked, factors, start, stop)) is not None
+        }
+
+    def _change(
+        self, rewrite: Rewrite, marked: torch.Tensor, factors: torch.Tensor, start: int, stop: int
+    ) -> Change | None:
+        """The change of the tensor whose rows bear the marks `start` to `stop`."""
+        mine = (marked >= start) & (marked < stop)
+        rows, own = (marked[mine] - start).long(), factors[mine]
+        count = stop - start
+        most = torch.full((count,), -torch.inf, dtype=own.dtype).scatter_reduce(0, rows, own, "amax")
+        least = torch.full((count,), torch.inf, dtype=own.dtype).scatter_reduce(0, rows, own, "amin")
+        if not torch.equal(marked, marked.round()) or not torch.equal(most, least):
             raise self._impossible(rewrite.name, "the branches lie mixed in them")
-        factor = own.item()
-        return None if factor == 1.0 else Change(partial(product, factor=factor), None)
+        if bool((most == most[0]).all()):
+            factor = most[0].item()
+            return None if factor == 1.0 else Change(partial(product, factor=factor), None)
+        return Change(
+            partial(product, factor=most), 0, rows=lambda first, last: partial(product, factor=most[first:last])
+        )
 
     def _impossible(self, parameter: str, why: str) -> PlanError:
         return PlanError(
@@ -63,6 +93,15 @@ class Merged:
             f"{why}, so they cannot be converted one by one. Convert in memory instead: "
             "hf_geglu.from_pretrained(...), then save_pretrained; or leave the layer out with `layers=`"
         )
+
+    def read(self, tensors: Sequence[torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+        """The parameters, made of the parts as loading makes them.
+
+        Args:
+            tensors: the parts, in order.
+            model: without weights.
+        """
+        return _convert(self.first, self.parts, self.goes, tensors, model)
 
 
 def merges(model: Any, stored: Sequence[Stored], goes: Mapping[str, Arrival]) -> tuple[Merged, ...]:

@@ -17,6 +17,8 @@ from hf_geglu.checkpoint.blueprint import Blueprint
 from hf_geglu.checkpoint.layout import Shard
 from hf_geglu.checkpoint.memory import free_memory, needed_to_run
 from hf_geglu.checkpoint.stored import Stored, span
+from hf_geglu.conversions import Coefficients
+from hf_geglu.conversions.precision import Factor
 from hf_geglu.converting import compare_run, first_run, noise_of
 from hf_geglu.distance import cast
 from hf_geglu.fingerprint import Fingerprint, fingerprint
@@ -137,13 +139,40 @@ def _check_site(entry: SitePlan, drawn: Blueprint, files: Files) -> SiteCheck:
                 old[name] = None if before is None else nn.Parameter(before, requires_grad=False)
                 meta[name] = get_attribute(drawn.variant, name)
                 set_attribute(drawn.variant, name, nn.Parameter(new, requires_grad=False))
+        fits = {}
+        fit = drawn.fits.get(site.up)
+        if isinstance(fit, Coefficients):
+            fits[site.up] = _cut(fit, neurons)
+            down = weight_name(site.down, site.projection)
+            if fit.left is not None:
+                outputs = torch.randperm(site.d_out, generator=torch.Generator().manual_seed(0))[:NEURONS].sort().values
+                dim = output_dim(site.projection)
+                with files.opened(drawn.names[down]) as written:
+                    new = sample(written, site.projection, dim, outputs)
+                before = sample(drawn.parameters[down], site.projection, dim, outputs).to(new.dtype)
+                old[down] = nn.Parameter(before, requires_grad=False)
+                meta[down] = get_attribute(drawn.variant, down)
+                set_attribute(drawn.variant, down, nn.Parameter(new, requires_grad=False))
+                fits[site.up] = replace(fits[site.up], left=fit.left[outputs], right=fit.right)
         _exposed(drawn.variant, site)
         activations = {site.up: _exposed(drawn.base, site)}
-        undo = Undo(plan=replace(drawn.plan, sites=(cut,)), parameters=old, activations=activations)
+        undo = Undo(plan=replace(drawn.plan, sites=(cut,)), fits=fits, parameters=old, activations=activations)
         return check_sites(drawn.variant, undo)[0]
     finally:
         for name, parameter in meta.items():
             set_attribute(drawn.variant, name, parameter)
+
+
+def _cut(fit: Coefficients, neurons_N: torch.Tensor) -> Coefficients:
+    """The lines of those neurons; of a stack, of its first and its last expert, as `sample` takes them."""
+
+    def pick(factor: Factor) -> Factor:
+        if not isinstance(factor, torch.Tensor):
+            return factor
+        ends = sorted({0, len(factor) - 1})
+        return factor[ends][:, neurons_N] if factor.dim() == 2 else factor[neurons_N]
+
+    return Coefficients(a=pick(fit.a), b=pick(fit.b), alpha=pick(fit.alpha), beta=pick(fit.beta))
 
 
 def _exposed(model: nn.Module, site: Site) -> Any:

@@ -164,14 +164,15 @@ class _Pen:
         change, source, shape = output.change, output.source, output.source.shape
         row, rows = nbytes(output.dtype, output.shape[1:]), shape[0] if shape else 1
         lengthens = change is not None and change.dim == 0 and len(shape) > 1 and output.shape[0] == 2 * rows
-        if change is not None and change.dim is not None and not (change.dim > 0 and len(shape) > 1) and not lengthens:
+        cut = change is None or change.dim is None or change.rows is not None or (change.dim > 0 and len(shape) > 1)
+        if not cut and not lengthens:
             with self._large:  # one at a time: they are whole in memory
                 self.write(bytes_of(_by_columns(output)), offset)
             return
         for start, stop in _steps(shape, source.dtype):
             if self.stop.is_set():
                 return
-            new = _changed(output, source.rows(start, stop))
+            new = _changed(output, source.rows(start, stop), (start, stop))
             # [gate | value] along the rows: each half of a piece belongs into its half of the tensor
             for half, piece in enumerate(new.chunk(2) if lengthens else (new,)):
                 self.write(bytes_of(piece), offset + (start + half * rows) * row)
@@ -189,11 +190,13 @@ def _by_columns(output: Output) -> torch.Tensor:
     return new
 
 
-def _changed(output: Output, piece: torch.Tensor) -> torch.Tensor:
-    """A piece after cast and change."""
+def _changed(output: Output, piece: torch.Tensor, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """A piece after cast and change; which rows it is, unless it has all of them."""
     try:
-        loaded = piece.to(output.cast)
-        return rounded(loaded, output.cast) if output.change is None else output.change.function(loaded).contiguous()
+        loaded, change = piece.to(output.cast), output.change
+        if change is None:
+            return rounded(loaded, output.cast)
+        return (change.function if rows is None else change.of_rows(*rows))(loaded).contiguous()
     except WeightsError as error:
         if torch.isfinite(piece).all():
             raise WeightsError(f"{output.source.name}: {error}") from error

@@ -7,7 +7,7 @@ were fitted to a model's activations, every neuron has its own; a plan holds no 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,29 @@ class Coefficients:
         for rank in range(1, len(right_RF)):
             total += left_DR[:, rank : rank + 1] * right_RF[rank : rank + 1]
         return total
+
+    def down_rows(self, start: int, stop: int) -> torch.Tensor:
+        """``down[start:stop]``, the same bits, without making the rest."""
+        assert self.left is not None
+        return replace(self, left=self.left[start:stop]).down  # type: ignore[return-value]
+
+    def down_columns(self, start: int, stop: int) -> torch.Tensor:
+        """``down[:, start:stop]``, the same bits, without making the rest."""
+        assert self.right is not None
+        return replace(self, right=self.right[:, start:stop]).down  # type: ignore[return-value]
+
+    def part(self, start: int, stop: int) -> Coefficients:
+        """The line of neurons, or of stacked experts, `start` to `stop`."""
+
+        def cut(factor: Factor) -> Factor:
+            return factor[start:stop] if isinstance(factor, torch.Tensor) else factor
+
+        return Coefficients(a=cut(self.a), b=cut(self.b), alpha=cut(self.alpha), beta=cut(self.beta))
+
+    @property
+    def even(self) -> bool:
+        """Whether all neurons have the same line."""
+        return not any(isinstance(factor, torch.Tensor) for factor in (self.a, self.b, self.alpha, self.beta))
 
     @property
     def width(self) -> int | None:

@@ -40,9 +40,16 @@ class Rewrite:
     function: Callable[[torch.Tensor], torch.Tensor]
     """Old values to new ones. Computes in float32 or better and rounds once."""
     dim: int | None
-    """The one dimension that `function` mixes or lengthens; along the others it may be applied slice by slice. None:
-    elementwise."""
+    """The one dimension that `function` mixes or lengthens; along the others it may be applied slice by slice, unless
+    there is `rows`. None: elementwise."""
+    rows: Callable[[int, int], Callable[[torch.Tensor], torch.Tensor]] | None = None
+    """Where every row of the first dimension has numbers of its own: the function of rows `start` to `stop` by
+    themselves."""
+    even: bool = True
+    """Whether outputs are treated alike, as far as `function` scales them."""
 
+
+Rows = Callable[[int, int], Callable[[torch.Tensor], torch.Tensor]]
 
 Line = Scaling | Coefficients | NewWeights
 """What a conversion folds into a block: the same numbers for every neuron, numbers of each its own, or new weights."""
@@ -108,19 +115,47 @@ def _expanded(site: Site, line: Scaling | Coefficients, shapes: Mapping[str, Sha
             "the same beta for all neurons"
         )
     dim = output_dim(site.projection)
-    yield _wider(weight, shapes[weight], dim, partial(expand, line=line, dim=dim, groups=site.groups))
+    function = partial(expand, dim=dim, groups=site.groups)
+    yield _wider(weight, shapes[weight], dim, partial(function, line=line), rows=_by_rows(function, fit, site, dim))
     if bias in shapes or not stacked:
         old = shapes.get(bias, (site.width,))
         constant = 0.0 if stacked else fit.beta
-        function = partial(expand, line=line, constant=constant, shift=fit.b, dim=len(old) - 1, groups=site.groups)
-        yield _wider(bias, old, len(old) - 1, function, present=bias in shapes)
+        function = partial(expand, constant=constant, dim=len(old) - 1, groups=site.groups)
+        yield _wider(
+            bias,
+            old,
+            len(old) - 1,
+            partial(function, line=line, shift=fit.b),
+            present=bias in shapes,
+            rows=_by_rows(function, fit, site, 1, shifted=True) if stacked else None,
+        )
 
 
 def _wider(
-    name: str, old: Shape, dim: int, function: Callable[[torch.Tensor], torch.Tensor], *, present: bool = True
+    name: str,
+    old: Shape,
+    dim: int,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    present: bool = True,
+    rows: Rows | None = None,
 ) -> Rewrite:
     new = (*old[:dim], 2 * old[dim], *old[dim + 1 :])
-    return Rewrite(name=name, old_shape=old, new_shape=new, present=present, function=function, dim=dim)
+    return Rewrite(name=name, old_shape=old, new_shape=new, present=present, function=function, dim=dim, rows=rows)
+
+
+def _by_rows(
+    function: Callable[..., torch.Tensor], fit: Coefficients, site: Site, dim: int, *, shifted: bool = False
+) -> Rows | None:
+    """`function` of some rows of a parameter, where rows are neurons or experts with lines of their own."""
+    if fit.even or not (dim == 0 or is_stack(site.projection)):
+        return None
+
+    def rows(start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        part = fit.part(start, stop)
+        return partial(function, line=part, shift=part.b if shifted else 0.0)
+
+    return rows
 
 
 def _retargeted(site: Site, line: Scaling | Coefficients, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
@@ -141,23 +176,36 @@ def _retargeted(site: Site, line: Scaling | Coefficients, shapes: Mapping[str, S
                 shift = fit.b if branch == "gate" and name == bias_name(path, site.projection) else 0.0
                 if _is(factor, 1.0) and _is(shift, 0.0):
                     continue
-                function = partial(retarget, branch=branch, line=line, shift=shift, dim=dim)
+                function = partial(retarget, branch=branch, dim=dim)
                 # a number serves any slice; a number a neuron must meet its neuron
                 mixed = dim if isinstance(factor, torch.Tensor) or isinstance(shift, torch.Tensor) else None
-                yield Rewrite(name=name, old_shape=old, new_shape=old, present=True, function=function, dim=mixed)
+                yield Rewrite(
+                    name=name,
+                    old_shape=old,
+                    new_shape=old,
+                    present=True,
+                    function=partial(function, line=line, shift=shift),
+                    dim=mixed,
+                    rows=_by_rows(function, fit, site, dim, shifted=not _is(shift, 0.0)) if len(old) > 1 else None,
+                    even=fit.even,
+                )
     else:
         assert site.layout != "dense"
         assert site.gate_half is not None
         for name, old, dim in _present(site.up, site, shapes):
-            packed = partial(
-                retarget_packed,
-                line=line,
-                layout=site.layout,
-                gate_half=site.gate_half,
-                shift=fit.b if name == bias_name(site.up, site.projection) else 0.0,
+            packed = partial(retarget_packed, layout=site.layout, gate_half=site.gate_half, dim=dim)
+            shifted = name == bias_name(site.up, site.projection)
+            stacked = is_stack(site.projection) and len(old) > 1
+            yield Rewrite(
+                name=name,
+                old_shape=old,
+                new_shape=old,
+                present=True,
+                function=partial(packed, line=line, shift=fit.b if shifted else 0.0),
                 dim=dim,
+                rows=_by_rows(packed, fit, site, dim, shifted=shifted) if stacked else None,
+                even=fit.even,
             )
-            yield Rewrite(name=name, old_shape=old, new_shape=old, present=True, function=packed, dim=dim)
 
 
 def _is(factor: Factor, number: float) -> bool:
@@ -182,23 +230,34 @@ def _instead(parameter: torch.Tensor, *, new: torch.Tensor) -> torch.Tensor:
 def _down(site: Site, fit: Coefficients, shapes: Mapping[str, Shape]) -> Iterator[Rewrite]:
     """What a fit adds to the down projection."""
     weight, bias = weight_name(site.down, site.projection), bias_name(site.down, site.projection)
-    for name, added in ((weight, fit.down), (bias, fit.output)):
-        if added is None:
+    for name, given in ((weight, fit.left), (bias, fit.output)):
+        if given is None:
             continue
         if name not in shapes or is_stack(site.projection):
             raise ConversionError(
                 f"the fit of {site.up} changes {name}, which the block does not have as one tensor; fit it without"
             )
+        rows = partial(_corrected, fit=fit, transposed=site.projection == "conv1d")
         shape = shapes[name]
-        delta = added.T if site.projection == "conv1d" and name == weight else added
         yield Rewrite(
             name=name,
             old_shape=shape,
             new_shape=shape,
             present=True,
-            function=partial(_plus, added=delta.reshape(shape)),
+            function=partial(_plus, added=given) if name == bias else rows(0, shape[0]),
             dim=0,
+            rows=None if name == bias else rows,
         )
+
+
+def _corrected(start: int, stop: int, *, fit: Coefficients, transposed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adds the correction to rows of the down projection's weight."""
+
+    def corrected(parameter: torch.Tensor) -> torch.Tensor:
+        added = fit.down_columns(start, stop).T if transposed else fit.down_rows(start, stop)
+        return _plus(parameter, added=added.reshape(parameter.shape))
+
+    return corrected
 
 
 def _plus(parameter: torch.Tensor, *, added: torch.Tensor) -> torch.Tensor:
