@@ -29,9 +29,27 @@ import hf_geglu, torch
 what, source, tests, warm, shards = sys.argv[1:]
 sys.path.insert(0, tests)
 torch.set_num_threads(1)
+from calibration_inputs import data
+from pathlib import Path
+from safetensors.torch import save_file
 from tiny_models import tiny
+from hf_geglu.calibration import calibrate
 model = tiny("bert")
 hf_geglu.convert(model, verify="sites")
+given = data(rows=8, tokens=12)
+if what in ("calibrate", "in memory"):
+    from transformers import AutoModelForCausalLM
+    base = AutoModelForCausalLM.from_pretrained(source)
+    plan = hf_geglu.make_plan(base)
+    sys.modules["hf_geglu.calibration.gather"].SAVE_EVERY = 1
+
+def calibrated(target):
+    made = calibrate(base, plan, given, state=Path(f"{target}.state"))
+    tensors = {f"{path} {name}": t.clone() for path, fit in made.fits.items() for name, t in fit.tensors().items()}
+    os.makedirs(target, exist_ok=True)
+    save_file(tensors, f"{target}/draft")
+    os.rename(f"{target}/draft", f"{target}/fits.safetensors")
+
 hf_geglu.convert_checkpoint(source, warm)  # everything imported
 lock, steps, at = threading.Lock(), 0, None
 
@@ -70,6 +88,12 @@ for line in sys.stdin:
         try:
             if what == "convert":
                 hf_geglu.convert_checkpoint(source, target, max_shard_size=shards, overwrite=overwrite)
+            elif what == "calibrate":
+                hf_geglu.convert_checkpoint(
+                    source, target, max_shard_size=shards, overwrite=overwrite, calibration=given
+                )
+            elif what == "in memory":
+                calibrated(target)
             else:
                 hf_geglu.save_folder(model, target, max_shard_size=shards, overwrite=overwrite)
             tell(steps)
@@ -85,7 +109,7 @@ for line in sys.stdin:
 """
 
 
-class _Children:
+class Children:
     """Starts the work in a process of its own."""
 
     def __init__(self, what: str, base: Path) -> None:
@@ -104,7 +128,8 @@ class _Children:
 
     def line(self) -> list[str]:
         assert self._process.stdout is not None
-        return self._process.stdout.readline().split()
+        words = self._process.stdout.readline().split()
+        return self.line() if words and "[WARNING]" in words else words  # deepspeed's, on being imported
 
     def whole(self, target: Path, flags: list[str]) -> int:
         """Let it come to its end; how many steps that takes."""
@@ -139,7 +164,7 @@ def _content(folder: Path, *, names_only: bool) -> dict[str, bytes]:
 def _check(what: str, tmp_path: Path, moments: int, *, by_step: bool) -> None:
     saves = what == "save"
     tiny("bert").save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    children = _Children(what, tmp_path / "base")
+    children = Children(what, tmp_path / "base")
     chance = random.Random(0)
     killed = 0
     try:
@@ -184,7 +209,7 @@ def test_killed_at_100_random_times(tmp_path, what):
 @pytest.mark.slow
 def test_killed_at_every_step(tmp_path):
     tiny("bert").save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    children = _Children("convert", tmp_path / "base")
+    children = Children("convert", tmp_path / "base")
     try:
         steps = children.whole(tmp_path / "whole", [])
         expected = files_in(tmp_path / "whole")
@@ -203,7 +228,7 @@ def test_killed_at_every_step(tmp_path):
 def test_finished_shards_are_not_written_again(tmp_path):
     """And a file that only looks finished is."""
     tiny("bert").save_pretrained(tmp_path / "base")
-    children = _Children("convert", tmp_path / "base")
+    children = Children("convert", tmp_path / "base")
     try:
         steps = children.whole(tmp_path / "whole", [])
         assert children.killed(tmp_path / "out", [], at=2 * steps // 3)
@@ -224,7 +249,7 @@ def test_finished_shards_are_not_written_again(tmp_path):
 
 def test_another_conversion_starts_anew(tmp_path):
     tiny("bert").save_pretrained(tmp_path / "base")
-    children = _Children("convert", tmp_path / "base")
+    children = Children("convert", tmp_path / "base")
     try:
         steps = children.whole(tmp_path / "whole", [])
         assert children.killed(tmp_path / "out", [], at=2 * steps // 3)
