@@ -8,7 +8,7 @@ from tiny_models import tiny
 import hf_geglu
 from hf_geglu.calibration import CalibrationData, calibrate, correction, gather
 from hf_geglu.calibration.calibrate import CORRECTED, PER_NEURON
-from hf_geglu.calibration.correction import FLOOR, RIDGE, Correction
+from hf_geglu.calibration.correction import FLOOR, RANK, RIDGE, TOKENS, Correction, strength
 from hf_geglu.calibration.lines import down_matrix
 from hf_geglu.conversions import Coefficients
 from hf_geglu.functional import activation
@@ -79,6 +79,12 @@ def test_of_lower_rank_it_keeps_what_costs_most(monkeypatch):
     assert off(part) < 0.05
     assert off(even) > 0.2
     assert found.line.left is None
+
+
+def test_more_text_bears_a_higher_rank():
+    assert strength(0) == strength(100) == strength(TOKENS) == (RANK, RIDGE)
+    assert strength(4 * TOKENS) == (64, RIDGE / 2)
+    assert strength(10**9)[0] == correction.MOST
 
 
 def test_a_site_that_no_token_reached_is_not_corrected():

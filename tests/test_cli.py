@@ -150,6 +150,17 @@ def test_convert_calibrated_on_a_text_file(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in (tmp_path / "out" / "geglu" / "manifest.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.hidden_act == "gelu"
+    by_layer = (*words[:2], tmp_path / "by-layer", *words[3:], "--memory", "layer")
+    code, again, err = _run(monkeypatch, capsys, *by_layer)
+    assert code == 0, err
+    assert "chosen on held-out data" in again
+    for name in ("model.safetensors", "config.json", "geglu/fits.safetensors"):
+        assert (tmp_path / "by-layer" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    code, out, err = _run(monkeypatch, capsys, "reproduce", tmp_path / "by-layer", "--base", tmp_path / "base")
+    assert code == 0, out + err
+    code, _, err = _run(monkeypatch, capsys, *by_layer, "--overwrite", "--width", 0.5)
+    assert code == 2
+    assert "--memory layer with --width" in err
     code, _, err = _run(monkeypatch, capsys, "convert", tmp_path / "base", tmp_path / "other", "--max-kl", 0.1)
     assert code == 2
     assert "--calibrate" in err

@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks.quality.page import render
 
-PARTS = ("causal", "encoder", "dense", "recovery")
+PARTS = ("causal", "mixed", "encoder", "dense", "recovery")
 
 
 def main() -> None:

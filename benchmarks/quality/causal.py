@@ -50,7 +50,7 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = {name: corpus(name).held_out for name in DOMAINS}
-    held = {name: _blocks(texts[name], tokenizer, blocks) for name in DOMAINS}
+    held = {name: held_out_blocks(texts[name], tokenizer, blocks) for name in DOMAINS}
     reference = {name: Reference(model, each) for name, each in held.items()}
     settings = {
         "model": "SmolLM2-135M",
@@ -77,10 +77,10 @@ def run(
         hf_geglu.revert(model)
     if NAIVE in starts:
         measured(NAIVE, naive_swap(model, plan))
-    more_held = {name: _blocks(texts[name], tokenizer, wide) for name in DOMAINS[1:]} if wide else {}
+    more_held = {name: held_out_blocks(texts[name], tokenizer, wide) for name in DOMAINS[1:]} if wide else {}
     more_reference = {name: Reference(model, each) for name, each in more_held.items()}
     for start, seed in [(start, seed) for start in (CALIBRATED, MIXED) if start in starts for seed in range(seeds)]:
-        data = _data(("library",) if start == CALIBRATED else MIX, tokenizer, tokens, seed)
+        data = calibration_data(("library",) if start == CALIBRATED else MIX, tokenizer, tokens, seed)
         begin = time.process_time()
         made = calibrate(model, plan, data, seed=seed)
         seconds = time.process_time() - begin
@@ -103,19 +103,22 @@ def run(
         hf_geglu.revert(model)
 
 
-def _data(domains: Sequence[str], tokenizer: Any, tokens: int, seed: int) -> CalibrationData:
+def calibration_data(
+    domains: Sequence[str], tokenizer: Any, tokens: int, seed: int, *, batch_size: int = 4
+) -> CalibrationData:
     """Batches of the domains in turn, of documents in an order of the seed's."""
     parts = []
     for name in domains:
         texts = list(corpus(name).train)
         for earlier_seed in range(seed + 1):
             random.Random(earlier_seed).shuffle(texts)
-        parts.append(CalibrationData.of(texts, tokenizer=tokenizer, tokens=math.ceil(tokens / len(domains))).batches)
+        share = math.ceil(tokens / len(domains))
+        parts.append(CalibrationData.of(texts, tokenizer=tokenizer, tokens=share, batch_size=batch_size).batches)
     batches = [batch for together in zip(*parts, strict=True) for batch in together]
     return CalibrationData(batches=tuple(batches[: tokens // batches[0]["input_ids"].numel()]), name=", ".join(domains))
 
 
-def _blocks(texts: tuple[str, ...], tokenizer: Any, count: int) -> torch.Tensor:
+def held_out_blocks(texts: tuple[str, ...], tokenizer: Any, count: int) -> torch.Tensor:
     """The first block of each of many documents, rather than many of a few."""
     found, _ = blocks_from_texts(texts, tokenizer, block_size=BLOCK)
     step = max(1, min(len(found) // count, 20))

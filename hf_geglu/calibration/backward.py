@@ -136,7 +136,8 @@ class Backward:
                     cuts[id(tensor)] = tensor, tensor.detach().requires_grad_()
                 return cuts[id(tensor)][1].clone()  # a layer may write into what it is given
 
-            returned = list(tensors_in(unit.module(*with_tensors(args, cut), **with_tensors(kwargs, cut))))
+            given_now = with_tensors(args, cut), with_tensors(kwargs, cut)
+            returned = list(tensors_in(self._player.call(unit, given_now)))
             reached = [place for place in given if returned[place].requires_grad]
             torch.autograd.backward([returned[place] for place in reached], [given[place] for place in reached])
             through = [(whole, part.grad) for whole, part in cuts.values() if part.grad is not None]

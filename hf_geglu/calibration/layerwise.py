@@ -231,8 +231,7 @@ class _Work:
                 told(mask_of(inputs))
                 for call, path in enumerate(player.tape.units(batch)):
                     if path == unit.path:
-                        args, kwargs = player.arguments(batch, call)
-                        unit.module(*args, **kwargs)
+                        player.call(unit, player.arguments(batch, call))
 
     def _try(self, player: Player) -> dict[str, Outcome]:
         """All lines on the held-out data."""

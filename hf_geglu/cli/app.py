@@ -73,7 +73,7 @@ def convert(
         list[str] | None,
         typer.Option(
             help="Text to fit every block's conversion to: files, a folder of them, a dataset, or builtin. Runs the "
-            "model in memory, and chooses block by block on a quarter held out.",
+            "model, and chooses block by block on a quarter held out.",
             show_default=False,
         ),
     ] = None,
@@ -85,6 +85,13 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    memory: Annotated[
+        Literal["auto", "model", "layer"],
+        typer.Option(
+            help="With --calibrate. model: all of it is loaded. layer: one layer at a time, for models larger than "
+            "memory; the same result up to rounding. auto: layer where too little memory is free."
+        ),
+    ] = "auto",
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -107,7 +114,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint file by file, verify it, and write the variant with tokenizer, manifest and card.
 
-    The model need not fit into memory, unless it is calibrated. Interrupted, the same command goes on where it stopped.
+    The model need not fit into memory (but for --width). Interrupted, the same command goes on where it stopped, unless
+    the model was loaded to be calibrated.
     """
     if width == "same" and (heal or stage != "closed"):
         raise ConfigurationError("--heal and --stage repair what fewer neurons lose; expected --width beside them")
@@ -119,6 +127,9 @@ def convert(
             output_dir,
             calibrate=calibrate,
             tokens=calibration_tokens,
+            memory=memory,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
             max_kl=max_kl,
             dtype=dtype,
             max_shard_size=max_shard_size,

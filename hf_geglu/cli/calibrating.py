@@ -1,11 +1,11 @@
-"""`hf-geglu convert --calibrate`: in memory, since a calibration runs the model."""
+"""`hf-geglu convert --calibrate`: in memory, or one layer at a time where the model does not fit."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_geglu.errors import ConfigurationError
 
@@ -23,6 +23,9 @@ def convert_calibrated(
     *,
     calibrate: Sequence[str],
     tokens: int | None,
+    memory: Literal["auto", "model", "layer"],
+    verify: Literal["auto", "model", "sites", "none"],
+    trust_remote_code: bool,
     width: str,
     narrow: Stage,
     max_kl: float | None,
@@ -40,6 +43,9 @@ def convert_calibrated(
         output_dir: a new or empty folder.
         calibrate: files, a folder of them, a dataset, or "builtin".
         tokens: of the text to use, `TOKENS` by default; a quarter of them chooses between conversions, or measures.
+        memory: how much of the model is in memory: all, or a layer; "auto" looks how much is free.
+        verify: of a checkpoint that is converted layer by layer; a model in memory is always run.
+        trust_remote_code: run the modelling code of the repository; layer by layer only.
         width: as in `convert`, in words.
         narrow: as in `convert`.
         max_kl: see `hf_geglu.convert`.
@@ -68,12 +74,30 @@ def convert_calibrated(
             f"--dtype {dtype} with --calibrate: what is calibrated is saved as it is; expected auto. Cast the result, "
             "or calibrate a checkpoint of that dtype"
         )
+    if memory == "layer" or (memory == "auto" and width == "same" and _too_large(model, revision, trust_remote_code)):
+        if width != "same":
+            raise ConfigurationError("--memory layer with --width: fewer neurons are fitted to a model in memory")
+        _layer_by_layer(
+            model,
+            output_dir,
+            calibrate=calibrate,
+            tokens=tokens or TOKENS,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            sites=None if sites is None else read_sites(sites),
+            max_kl=max_kl,
+            verify=verify,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            **settings,
+        )
+        return
     check_output(output_dir, overwrite=overwrite)
     loaded = open_model(model, revision=revision)
     tokenizer = load_processor(model, **({"revision": revision} if revision else {}))
-    names = ", ".join(Path(name).name for name in calibrate)  # never a path of this machine
     data = CalibrationData(
-        batches=tuple(batches_of(calibrate, loaded, tokenizer, tokens=tokens or _tokens(width, narrow))), name=names
+        batches=tuple(batches_of(calibrate, loaded, tokenizer, tokens=tokens or _tokens(width, narrow))),
+        name=_names(calibrate),
     )
     with batches_bar("calibrating") as progress:
         report = convert(
@@ -99,6 +123,65 @@ def convert_calibrated(
         revision=revision,
     )
     print(f"saved in {output_dir}")
+
+
+def _empty(model: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The model without weights."""
+    from transformers import AutoConfig
+
+    from hf_geglu.skeleton import architecture, skeleton
+
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    kind = architecture(config)
+    kwargs = {"trust_remote_code": True} if trust_remote_code and hasattr(kind, "from_config") else {}
+    return skeleton(config, kind, **kwargs)
+
+
+def _too_large(model: str, revision: str | None, trust_remote_code: bool) -> bool:
+    import torch
+
+    from hf_geglu.checkpoint.memory import free_memory, needed_to_run
+
+    empty = _empty(model, revision, trust_remote_code)
+    return needed_to_run(empty, empty.config.dtype or torch.float32) > free_memory()
+
+
+def _layer_by_layer(
+    model: str,
+    output_dir: Path,
+    *,
+    calibrate: Sequence[str],
+    tokens: int,
+    revision: str | None,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> None:
+    from hf_geglu.calibration import CalibrationData
+    from hf_geglu.calibration.progress import batches_bar
+    from hf_geglu.checkpoint import convert_checkpoint
+    from hf_geglu.cli.texts import batches_of
+    from hf_geglu.hub import load_processor
+
+    tokenizer = load_processor(model, **({"revision": revision} if revision else {}))
+    batches = batches_of(calibrate, _empty(model, revision, trust_remote_code), tokenizer, tokens=tokens)
+    with batches_bar("calibrating, layer by layer") as calibrating:
+        done = convert_checkpoint(
+            model,
+            output_dir,
+            calibration=CalibrationData(batches=tuple(batches), name=_names(calibrate)),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            papers=True,
+            command=sys.argv,
+            calibration_progress=calibrating,
+            **settings,
+        )
+    print(done)
+    print(f"saved in {output_dir}")
+
+
+def _names(calibrate: Sequence[str]) -> str:
+    return ", ".join(Path(name).name for name in calibrate)  # never a path of this machine
 
 
 def _tokens(width: str, narrow: Stage) -> int:

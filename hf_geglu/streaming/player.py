@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from hf_geglu.distance import Outputs, outputs_of
 from hf_geglu.errors import StreamError
 from hf_geglu.inputs import Inputs
 from hf_geglu.modes import evaluating
-from hf_geglu.streaming.nested import Nested, with_tensors
+from hf_geglu.streaming.nested import Nested, tensors_in, with_tensors
 from hf_geglu.streaming.residency import Residency
 from hf_geglu.streaming.tape import Call, Tape
 from hf_geglu.streaming.units import Unit
@@ -75,17 +76,14 @@ class Player:
         """One forward; None where it was left."""
         self._conductor, self._number = conductor, 0
         try:
-            return outputs_of(self.residency.model, self._inputs(batch))
+            with _WeightsAreThere():
+                return outputs_of(self.residency.model, self._inputs(batch))
         except _Left:
             return None
-        except (NotImplementedError, RuntimeError) as error:
-            reason = _why_not(str(error))
-            if reason is None:
+        except RuntimeError as error:
+            if not ("leaf" in str(error) and "in-place" in str(error)):
                 raise
-            raise StreamError(
-                f"{type(self.residency.model).__name__} cannot be run layer by layer: it {reason} ({error}). Calibrate "
-                "in memory instead: hf_geglu.convert(model, calibration=...)"
-            ) from error
+            raise StreamError(_refusal(f"it writes into what a layer returned ({error})")) from error
         finally:
             self._conductor = None
 
@@ -200,11 +198,29 @@ class Player:
         assert found is not None
         return found
 
+    @staticmethod
+    def call(unit: Unit, given: Arguments) -> Nested:
+        """Run a unit that is held by itself."""
+        with _WeightsAreThere():
+            return unit.module(*given[0], **given[1])
 
-def _why_not(error: str) -> str | None:
-    """What a model does that keeps its layers from being run one by one, told from torch's words."""
-    if "meta" in error:
-        return "reads weights of a part without calling it"
-    if "leaf" in error and "in-place" in error:
-        return "writes into what a layer returned"
-    return None
+
+class _WeightsAreThere(TorchFunctionMode):
+    """Refuses to compute with weights that are not in memory: torch multiplies by a tensor of the meta device without
+    a word, and the product is noise."""
+
+    _LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in self._LOOKS:
+            for tensor in tensors_in((args, kwargs or {})):
+                if tensor.is_meta:
+                    raise StreamError(_refusal("it reads weights of a part without calling it"))
+        return func(*args, **(kwargs or {}))
+
+
+def _refusal(reason: str) -> str:
+    return (
+        f"the model cannot be run layer by layer: {reason}. Calibrate in memory instead: hf_geglu.convert(model, "
+        "calibration=...)"
+    )
