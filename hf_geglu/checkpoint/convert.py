@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,29 +13,22 @@ import torch
 
 from hf_geglu.calibration import CalibrationData
 from hf_geglu.calibration import Progress as CalibrationProgress
-from hf_geglu.checkpoint.blueprint import Blueprint, Wish, draw
+from hf_geglu.checkpoint.blueprint import Wish, draw
 from hf_geglu.checkpoint.calibrating import Result, calibrate_checkpoint, digest_of
-from hf_geglu.checkpoint.carry import Belongings, belongings, carry
+from hf_geglu.checkpoint.carry import belongings
 from hf_geglu.checkpoint.job import Job, fingerprint, left_to_tidy
-from hf_geglu.checkpoint.layout import Shard, index_json, shards
-from hf_geglu.checkpoint.proof import Files, Proof, Verify, prove
+from hf_geglu.checkpoint.layout import shards
+from hf_geglu.checkpoint.proof import Verify
 from hf_geglu.checkpoint.source import fetch
 from hf_geglu.checkpoint.stored import open_checkpoint
-from hf_geglu.checkpoint.stream import write_shards
+from hf_geglu.checkpoint.work import Progress, Work, carry_out, documented
 from hf_geglu.errors import HfGegluError, OutputError, PlanError
 from hf_geglu.files.folder import check_output, said_when_full, workplace
-from hf_geglu.files.weights import INDEX
-from hf_geglu.fingerprint import fingerprint as fingerprint_of
-from hf_geglu.hub.papers import write_papers
 from hf_geglu.plan import GeluForm, Plan
-from hf_geglu.provenance import Provenance, base_of
 from hf_geglu.selection import Layers
 from hf_geglu.sites import GivenSite
 from hf_geglu.surgery import Fits
 from hf_geglu.verify import Report
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) while shards are written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +166,11 @@ def convert_checkpoint(
     )
     with said_when_full(_full(place)), open_checkpoint(weights) as stored, tempfile.TemporaryDirectory() as scratch:
         drawn = draw(folder, stored, wish, papers=_folder(scratch, "planned"))
+        shards(drawn.outputs, max_shard_size)  # what is wrong with it is said before a long calibration
         with workplace(place) as here:
-            found: Result | None = None
-            if data is not None:
-                try:
+            try:
+                found: Result | None = None
+                if data is not None:
                     found = calibrate_checkpoint(
                         drawn,
                         data,
@@ -187,25 +180,27 @@ def convert_checkpoint(
                         folder=here.root / "calibration",
                         progress=calibration_progress,
                     )
-                except OutputError:
-                    raise
-                except HfGegluError:
+                    # the settings are in the plan now
+                    wish = replace(wish, plan=found.plan, fits=found.fits, variant="geglu", layers=None, gelu="owner")
+                    drawn = draw(folder, stored, replace(wish, sites=None), papers=_folder(scratch, "calibrated"))
+                code = drawn.plan.tier == "native" and trust_remote_code
+                work = Work(
+                    folder=folder,
+                    papers=Path(scratch) / ("planned" if found is None else "calibrated"),
+                    drawn=drawn,
+                    found=found,
+                    shards=shards(drawn.outputs, max_shard_size),
+                    files=belongings(folder, (*weights.names, *_indices(folder)), code=code),
+                    verify=verify,
+                    document=documented(command, place.resolve().name, max_shard_size) if papers else None,
+                )
+            except OutputError:  # no room: what was found so far is kept
+                if data is None:
                     here.clear()
-                    raise
-                # the settings are in the plan now
-                wish = replace(wish, plan=found.plan, fits=found.fits, variant="geglu", layers=None, gelu="owner")
-                drawn = draw(folder, stored, replace(wish, sites=None), papers=_folder(scratch, "calibrated"))
-            code = drawn.plan.tier == "native" and trust_remote_code
-            work = _Work(
-                folder=folder,
-                papers=Path(scratch) / ("planned" if found is None else "calibrated"),
-                drawn=drawn,
-                found=found,
-                shards=shards(drawn.outputs, max_shard_size),
-                files=belongings(folder, (*weights.names, *_indices(folder)), code=code),
-                verify=verify,
-                document=_documented(command, place.resolve().name, max_shard_size) if papers else None,
-            )
+                raise
+            except HfGegluError:
+                here.clear()
+                raise
             settings = {
                 "plan": drawn.plan.to_dict(),
                 "fits": digest_of(drawn.fits),
@@ -216,7 +211,7 @@ def convert_checkpoint(
             job = Job(here, mark, work.shards)
             try:
                 with said_when_full(_full(place)):
-                    report, resumed = _carry_out(work, job, overwrite, progress)
+                    report, resumed = carry_out(work, job, overwrite, progress)
             except OutputError:
                 if len(job.pending()) == len(job.shards):
                     here.clear()
@@ -239,97 +234,10 @@ def convert_checkpoint(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """All that is to be done."""
-
-    folder: Path
-    papers: Path
-    """Where config, generation config and modelling code of the variant are."""
-    drawn: Blueprint
-    found: Result | None
-    """What a calibration decided."""
-    shards: tuple[Shard, ...]
-    files: Belongings
-    verify: Verify
-    document: Callable[[_Work, Path, Proof], None] | None
-
-
-def _carry_out(work: _Work, job: Job, overwrite: bool, progress: Progress | None) -> tuple[Report, int]:
-    """Do it; returns the report and how many shards were there already."""
-    if job.begin():
-        files = Files(source=work.folder, written=job.place.target, shards=work.shards)
-        return _proved(work, files).report, len(job.shards)
-    check_output(job.place.target, overwrite=overwrite)
-    folder, pending = job.place.folder, job.pending()
-    job.check_room(pending)
-    total, left = (sum(shard.nbytes for shard in some) for some in (work.shards, pending))
-    write_shards(pending, folder, _counter(total, left, progress))
-    made = [path.name for path in sorted(work.papers.iterdir())]
-    carry(work.papers, folder, tuple(made))
-    index = index_json(work.shards, sum(parameter.numel() for parameter in work.drawn.variant.parameters()))
-    if index is not None:
-        (folder / INDEX).write_text(index, encoding="utf-8")
-        made.append(INDEX)
-    carry(work.folder, folder, work.files.carried)
-    job.sweep([*made, *work.files.carried])
-    proof = _proved(work, Files(source=work.folder, written=folder, shards=work.shards))
-    if work.document is not None:
-        work.document(work, folder, proof)
-    job.finish()
-    return proof.report, len(job.shards) - len(pending)
-
-
-def _proved(work: _Work, files: Files) -> Proof:
-    """The proof, with what the calibration has to say."""
-    proof = prove(work.drawn, files, work.verify)
-    if work.found is None:
-        return proof
-    note = "; ".join(filter(None, [proof.report.note, *work.found.notes]))
-    return replace(proof, report=replace(proof.report, note=note, held_out=work.found.held_out))
-
-
 def _folder(scratch: str, name: str) -> Path:
     path = Path(scratch) / name
     path.mkdir()
     return path
-
-
-def _documented(command: Sequence[str], name: str, max_shard_size: int | str) -> Callable[[_Work, Path, Proof], None]:
-    """Manifest and card, as `save_folder` writes them; golden outputs where the model was in memory for its proof."""
-
-    def document(work: _Work, folder: Path, proof: Proof) -> None:
-        if not work.drawn.plan.converted:
-            return
-        step0 = None if proof.variant is None else fingerprint_of(proof.variant)
-        base = base_of(work.drawn.base.config, proof.base)
-        provenance = Provenance(base=base, plan=work.drawn.plan, report=proof.report.to_dict(), step0=step0)
-        write_papers(
-            folder,
-            provenance,
-            model=proof.variant,
-            model_class=type(work.drawn.variant).__name__,
-            command=command,
-            max_shard_size=max_shard_size,
-            name=name,
-            base_folder=work.folder,
-            fits=work.drawn.fits,
-        )
-
-    return document
-
-
-def _counter(total: int, left: int, progress: Progress | None) -> Callable[[int], None]:
-    lock, done = threading.Lock(), total - left
-
-    def count(written: int) -> None:
-        nonlocal done
-        with lock:
-            done += written
-            if progress is not None:
-                progress(done, total)
-
-    return count
 
 
 def _indices(folder: Path) -> list[str]:
