@@ -76,7 +76,7 @@ class Player:
         """One forward; None where it was left."""
         self._conductor, self._number = conductor, 0
         try:
-            with _WeightsAreThere():
+            with _WeightsAreThere(self.residency):
                 return outputs_of(self.residency.model, self._inputs(batch))
         except _Left:
             return None
@@ -198,25 +198,37 @@ class Player:
         assert found is not None
         return found
 
-    @staticmethod
-    def call(unit: Unit, given: Arguments) -> Nested:
+    def call(self, unit: Unit, given: Arguments) -> Nested:
         """Run a unit that is held by itself."""
-        with _WeightsAreThere():
+        with _WeightsAreThere(self.residency):
             return unit.module(*given[0], **given[1])
 
 
 class _WeightsAreThere(TorchFunctionMode):
-    """Refuses to compute with weights that are not in memory: torch multiplies by a tensor of the meta device without
-    a word, and the product is noise."""
+    """Computes with no weight that is not in memory: torch multiplies by a tensor of the meta device without a word,
+    and the product is noise. What stands alone and is read without being called (queries of a detector, a head written
+    as a product) is fetched, and stays."""
 
-    _LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size"})
+    _LOOKS = frozenset({"size", "dim", "numel", "stride", "is_floating_point", "element_size"})
+    _VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real"})
+
+    def __init__(self, residency: Residency) -> None:
+        super().__init__()
+        self._residency = residency
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in self._LOOKS:
-            for tensor in tensors_in((args, kwargs or {})):
-                if tensor.is_meta:
-                    raise StreamError(_refusal("it reads weights of a part without calling it"))
+        name = getattr(func, "__name__", "")
+        property_name = getattr(getattr(func, "__self__", None), "__name__", "")
+        looks = name in self._LOOKS or (name == "__get__" and property_name not in self._VIEWS)
+        if not looks and any(tensor.is_meta for tensor in tensors_in((args, kwargs or {}))):
+            args, kwargs = with_tensors(args, self._there), with_tensors(kwargs or {}, self._there)
         return func(*args, **(kwargs or {}))
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = self._residency.fetched(tensor) if tensor.is_meta else tensor
+        if found is None:
+            raise StreamError(_refusal("it reads the weights of a layer without calling it"))
+        return found
 
 
 def _refusal(reason: str) -> str:

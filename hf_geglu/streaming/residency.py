@@ -39,6 +39,24 @@ class Residency:
                     "calibrate in memory instead: hf_geglu.convert(model, calibration=...)"
                 )
 
+        self._alone = {
+            id(tensor): f"{unit.path}.{name}".strip(".")
+            for unit in units.units
+            if not unit.layer
+            for name, tensor in (*unit.module.named_parameters(), *unit.module.named_buffers())
+        }
+        self._fetched: dict[str, torch.Tensor] = {}
+
+    def fetched(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The numbers of an empty tensor of a unit that stands alone; None for one of a layer. They stay in memory."""
+        name = self._alone.get(id(tensor))
+        if name is None:
+            return None
+        if name not in self._fetched:
+            found = self._read([name]).get(name)
+            self._fetched[name] = self._made_up(name, tensor) if found is None else found
+        return self._fetched[name]
+
     @contextmanager
     def holding(self, unit: Unit) -> Iterator[None]:
         """The weights of a unit are in memory inside."""
