@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ def convert(
     max_kl: float | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
+    state: Path | None = None,
     variant: str = "geglu",
     width: Width = "same",
     narrow: NarrowSettings | Stage = "closed",
@@ -64,6 +66,8 @@ def convert(
             unconverted until it is kept, and the report says so.
         tokenizer: for calibration texts.
         progress: called after each calibration batch with (done, of how many).
+        state: folder that keeps what a calibration has found, so that one that was killed goes on, see
+            `hf_geglu.calibration.calibrate`; not for a width. It can be removed when this returns.
         variant: see `make_plan`.
         width: see `make_plan`; fewer neurons than there are take `calibration`, all of which is used, and are lossy.
         narrow: how far to go then: "closed", the closed form; "local", a fit of every block too; "heal", a training of
@@ -99,6 +103,8 @@ def convert(
                 "the plan is calibrated already; hand in its fits=, or calibration= with a plan without any"
             )
         if plan.narrows:
+            if state is not None:
+                raise PlanError("state= keeps a calibration; what makes blocks narrower keeps none: leave it out")
             if max_kl is not None:
                 raise PlanError(
                     "max_kl leaves blocks unconverted, but all of them become narrower or none; leave it out"
@@ -109,7 +115,7 @@ def convert(
             notes = () if plan.narrowing is None else tuple(plan.narrowing.lines())
         else:
             data = CalibrationData.of(calibration, tokenizer=tokenizer)
-            made = calibrate(model, plan, data, found=found, max_kl=max_kl, progress=progress)
+            made = calibrate(model, plan, data, found=found, max_kl=max_kl, state=state, progress=progress)
             plan, fits, held_out, notes = made.plan, made.fits, made.held_out, made.notes
         inputs = data.batches[0] if inputs is None else inputs
     note = ""

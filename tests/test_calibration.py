@@ -202,6 +202,26 @@ def test_choices_are_said_and_the_fit_wins_where_it_is_better():
     json.dumps(report.to_dict())
 
 
+def test_a_conversion_keeps_its_calibration_where_it_is_told(tmp_path):
+    def converted(given, **settings):
+        model = lively(tiny("llama"))
+        calls = []
+        hf_geglu.convert(model, calibration=given, progress=lambda *now: calls.append(now), **settings)
+        return model.state_dict(), calls
+
+    expected, calls = converted(data())
+    first, _ = converted(data(), state=tmp_path / "state")
+    again, fewer = converted(data(), state=tmp_path / "state")
+    assert len(fewer) < len(calls) == 14  # six batches twice, and two held out
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, first[name])
+        assert torch.equal(tensor, again[name])
+    with pytest.raises(DataError, match="state belongs to another calibration: other data"):
+        converted(data(seed=1), state=tmp_path / "state")
+    with pytest.raises(PlanError, match="keeps none"):
+        converted(data(), state=tmp_path / "state", width=0.5)
+
+
 def test_exact_blocks_are_not_fitted():
     model = tiny("bert")
     report = hf_geglu.convert(model, calibration=data())

@@ -90,6 +90,29 @@ def _causal(record: Record) -> str:
     return f"{text}{table(head, rows)}\n{lines}"
 
 
+def _mixed(record: Record) -> str:
+    head = ("tokens", "seed", "domain", "KL", "Δ nll", "top-1 agreement", "CPU seconds")
+    rows = [
+        (
+            f"{row['tokens']:,}",
+            str(row["seed"]),
+            domain,
+            shown(figures["kl"], 5),
+            shown(figures["delta_nll"], 5),
+            shown(figures["top1"], 4),
+            f"{row['cpu_seconds']:,.0f}",
+        )
+        for row in record["rows"]
+        for domain, figures in row["domains"].items()
+    ]
+    text = (
+        f"## The same, calibrated on text of several domains\n\n{record['model']}, calibrated on equal parts of "
+        f"{', '.join(record['calibrated_on'])} (`benchmarks/corpora.py`); none of it is of the domains below. "
+        f"Held out: {record['blocks']} blocks of {record['block']} tokens of each.\n\n"
+    )
+    return text + table(head, rows)
+
+
 def _encoder(record: Record) -> str:
     rows = [
         (row["start"], domain, shown(figures["cosine"], 5), shown(figures["neighbours"], 4))
@@ -156,6 +179,7 @@ def _gaps(record: Record) -> str:
 
 PARTS: dict[str, Callable[[Record], str]] = {
     "causal": _causal,
+    "mixed": _mixed,
     "encoder": _encoder,
     "dense": _dense,
     "narrow": _narrow,

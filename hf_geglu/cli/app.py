@@ -114,8 +114,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint file by file, verify it, and write the variant with tokenizer, manifest and card.
 
-    The model need not fit into memory (but for --width). Interrupted, the same command goes on where it stopped, unless
-    the model was loaded to be calibrated.
+    The model need not fit into memory (but for --width). Interrupted, the same command goes on where it stopped.
     """
     if width == "same" and (heal or stage != "closed"):
         raise ConfigurationError("--heal and --stage repair what fewer neurons lose; expected --width beside them")

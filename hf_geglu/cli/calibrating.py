@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,12 +100,15 @@ def convert_calibrated(
         batches=tuple(batches_of(calibrate, loaded, tokenizer, tokens=tokens or _tokens(width, narrow))),
         name=_names(calibrate),
     )
+    # beside the target and of a fixed name, so that the same command finds it again
+    kept = output_dir.resolve().parent / f".{output_dir.resolve().name}.calibration" if width == "same" else None
     with batches_bar("calibrating") as progress:
         report = convert(
             loaded,
             calibration=data,
             max_kl=max_kl,
             progress=progress,
+            state=kept,
             width=parse_width(width),
             narrow=narrow,
             sites=None if sites is None else read_sites(sites),
@@ -122,6 +126,8 @@ def convert_calibrated(
         companions=model,
         revision=revision,
     )
+    if kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
     print(f"saved in {output_dir}")
 
 
