@@ -14,7 +14,8 @@ outputs. {control}
 
 """
 CONTROL = "The *dense control* went through the same without a value branch: what it reaches is not the gate's doing."
-OWN = "After *closed* the value branch is constant still: that row is its own dense control."
+SWIGLU = "The *SwiGLU control* lost as many neurons and kept its activation."
+OWN = "After *closed* the value branch of what was dense is constant still: that row is its own dense control."
 
 CAUSAL = """## Fewer neurons: causal language models
 
@@ -37,6 +38,7 @@ COLUMNS = (
     "tokens",
     "CPU s",
 )
+BLOCKS = {"gated": "GeGLU", "dense": "dense control", "swiglu": "SwiGLU control"}
 CAUSAL_COLUMNS = ("model", "width", "stage", "block", "domain", "nll of the original", "Δ nll", "KL", "tokens", "CPU s")
 
 
@@ -60,8 +62,9 @@ def causal_section(record: Mapping[str, Any]) -> str:
 
 def _control(record: Mapping[str, Any]) -> str:
     """What is said of controls: of those that are on record."""
-    trained = any(not row["value_branch"] for row in record["rows"])
-    return f"{CONTROL} {OWN}" if trained else OWN
+    blocks = {row["block"] for row in record["rows"]}
+    said = {"dense": CONTROL, "swiglu": SWIGLU}
+    return " ".join([*(text for block, text in said.items() if block in blocks), OWN])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -73,7 +76,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"{row['width']} ({row['neurons']})",
         row["stage"],
-        "GeGLU" if row["value_branch"] else "dense control",
+        BLOCKS[row["block"]],
         str(row["seed"]),
         f"{row['cosine']:.4f}",
         f"{row['neighbours']:.3f}",
@@ -90,7 +93,7 @@ def _causal_row(row: Mapping[str, Any], domain: str) -> tuple[str, ...]:
         row["model"],
         f"{row['width']} ({row['neurons']})",
         row["stage"],
-        "gated" if row["value_branch"] else "dense control",
+        BLOCKS[row["block"]],
         domain,
         f"{row['nll'][domain]:.3f}",
         f"{figures['delta_nll']['mean']:+.4f} ± {figures['delta_nll']['half']:.4f}",

@@ -86,6 +86,7 @@ def study(
             covariance, _ = each.moments.second(centred=each.block.weights.down_bias is not None)
             metric = error_metric(each.metric_DD, settings.sensitivity)
             orders[up] = removal_order(covariance, each.block.weights.down, smallest=smallest, metric_DD=metric)
+            each.moments = Moments(0, 0)  # F times F in float64: more than the block itself where D is small
             progress(f"{up}: neurons ordered")
     return Narrower(model=model, statistics=found, orders=orders, batches=some, all_batches=batches)
 

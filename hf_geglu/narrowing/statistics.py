@@ -39,6 +39,7 @@ class SiteStatistics:
     place: Sum
     """Where its output is added; the output itself where it is added nowhere."""
     moments: Moments
+    """Of its hidden values; given up once its neurons are in order."""
     metric_DD: torch.Tensor
     """Second moment of the gradients of what the model is for, at the sum."""
     sums: list[torch.Tensor] = field(default_factory=list)
