@@ -1,11 +1,11 @@
 """Causal language models with fewer neurons: how much likelihood is lost, stage by stage, beside the dense control.
 
 A dense GPT-2, trained here (`benchmarks.small_gpt2`), calibrated on a part of what it was trained on; or SmolLM2-135M,
-gated to fewer neurons, calibrated on the documentation of Python's standard library. Measured on held-out essays, and
-on Debian's manuals, which neither training here nor calibration saw.
+gated to fewer neurons, calibrated on the same four domains. Measured on held-out essays, and on Debian's manuals, which
+neither training here nor calibration saw.
 
     python -m benchmarks.narrow_causal gpt2 closed heal --blocks gated dense
-    python -m benchmarks.narrow_causal smollm2 closed local --widths 2/3 5/6 --blocks gated swiglu
+    python -m benchmarks.narrow_causal smollm2 closed local --blocks gated swiglu
 
 Every run adds its rows to benchmarks/results/quality_narrow_causal.json, or replaces them.
 """
@@ -24,6 +24,7 @@ from benchmarks import small_gpt2
 from benchmarks.corpora import corpus
 from benchmarks.narrow_runs import BLOCKS, WIDTHS, Row, record, rows
 from benchmarks.quality.measuring import Reference, distances
+from hf_geglu.conversions.whitened import FitSettings
 from hf_geglu.demo.weights import smollm2_folder
 from hf_geglu.narrowing.settings import STAGES, NarrowSettings
 
@@ -32,6 +33,8 @@ HELD_OUT = {"gpt2": 60, "smollm2": 24}
 """Blocks of each domain."""
 TOKENS = {"gpt2": (40_000, 200_000), "smollm2": (16_000, 16_000)}
 """Of calibration text, and of what healing trains on."""
+STEPS = {"gpt2": 500, "smollm2": 100}
+"""Of the fit of a block; SmolLM2 has 30, and twelve passes over its text do."""
 BATCH = {"gpt2": 2048, "smollm2": 512}
 """Tokens; what a backward of SmolLM2 holds for 1,024 of them took the process to 4.4 GiB."""
 
@@ -66,7 +69,7 @@ def main() -> None:
         widths=asked.widths,
         stages=asked.stages,
         blocks=asked.blocks,
-        settings=NarrowSettings(),
+        settings=NarrowSettings(fit=FitSettings(steps=STEPS[asked.model])),
         measure=measure,
     ):
         record("quality_narrow_causal", head, {"model": name, **row})
@@ -97,7 +100,8 @@ def smollm2() -> tuple[str, Any, torch.Tensor, dict[str, torch.Tensor]]:
         return torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256)[:count]
 
     held_out = {domain: blocks(corpus(domain).held_out, HELD_OUT["smollm2"]) for domain in MEASURED}
-    return "SmolLM2-135M", model, blocks(corpus("library").train, 64), held_out
+    parts = [blocks(corpus(domain).train, 16) for domain in small_gpt2.TRAINED_ON]
+    return "SmolLM2-135M", model, torch.stack(parts, dim=1).flatten(0, 1), held_out
 
 
 def _nll(reference: Iterable[torch.Tensor], blocks_NT: torch.Tensor) -> float:
