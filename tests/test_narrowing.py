@@ -168,6 +168,22 @@ def test_padding_is_not_calibrated_on():
         assert torch.allclose(*sums, rtol=2**-7, atol=1e-4)  # they are kept in bfloat16
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_neurons_are_chosen_on_the_first_text_and_blocks_fitted_on_all(kind):
+    model, given = lively(kind), batches(4, padded=True)
+    plan = make_plan(model, width=24)
+    few = replace(QUICK, selection_tokens=100)  # a batch has 60 that are no padding
+    one, two, first = (
+        study(model, plan, some, smallest=24, settings=settings)
+        for some, settings in ((given, few), (given, QUICK), (given[:2], QUICK))
+    )
+    assert one.tokens == two.tokens == 240
+    for up, each in one.statistics.items():
+        assert torch.equal(one.orders[up], first.orders[up])
+        assert torch.equal(each.metric_DD, first.statistics[up].metric_DD)
+        assert torch.equal(torch.cat(each.sums), torch.cat(two.statistics[up].sums))
+
+
 @pytest.mark.parametrize(
     ("kind", "end"), [("bert", "input"), ("gpt2", "output"), ("llama", "output"), ("gptj", "output")]
 )

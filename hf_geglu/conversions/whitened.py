@@ -157,7 +157,7 @@ def fit(
         offset: that the block adds to its value branch.
     """
     root = None if metric_DD is None else _root(metric_DD).to(settings.dtype)
-    spread = ((target_TD - target_TD.mean(0)).square().sum(-1) * weights_T).mean()
+    spread = ((target_TD - target_TD.mean(0)).square_().sum(-1) * weights_T).mean()
     optimizer = torch.optim.Adam(block.trained(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(x_TD), generator=generator)

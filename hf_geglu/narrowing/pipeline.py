@@ -73,14 +73,15 @@ def study(
         plan: for it; its sites that are converted are the ones to narrow.
         batches: calibration data, keyword arguments of forwards.
         smallest: the smallest width that will be asked for.
-        settings: `statistics_tokens`, `sensitivity`, `seed`.
+        settings: `selection_tokens`, `statistics_tokens`, `sensitivity`, `seed`.
         progress: takes a line from time to time.
     """
     entries = plan.converted
     with torch.no_grad(), quick(batches, next(model.parameters()).device):
         blocks = {entry.site.up: block_of(model, entry) for entry in entries}
         some = _first_tokens(batches, min(settings.statistics_tokens, _affordable(entries)))
-        found = gather(model, entries, blocks, some, seed=settings.seed, progress=progress)
+        measured = len(_first_tokens(some, settings.selection_tokens))
+        found = gather(model, entries, blocks, some, measured=measured, seed=settings.seed, progress=progress)
         orders = {}
         for up, each in found.items():
             covariance, _ = each.moments.second(centred=each.block.weights.down_bias is not None)
@@ -163,7 +164,7 @@ def _sequence(
             x_ND, target_ND, weights_N = _task(student, replay, each)
             start, moments = _solved(starts[up], each.block, x_ND, target_ND, weights_N)
             mean_weight = weights_N / weights_N.mean()
-            centred = (x_ND - x_ND.mean(0)) * mean_weight.sqrt()[:, None]
+            centred = (x_ND - x_ND.mean(0)).mul_(mean_weight.sqrt()[:, None])
             block = WhitenedBlock(
                 start,
                 input_covariance_DD=centred.T @ centred / len(x_ND),
@@ -172,6 +173,7 @@ def _sequence(
                 learn_value=value_branch,
             )
             if settings.reaches("local"):
+                del centred
                 metric = error_metric(each.metric_DD, settings.sensitivity)
                 chosen = replace(settings.fit, seed=settings.seed)
                 fit(block, x_ND, target_ND, mean_weight, each.block.activation, settings=chosen, metric_DD=metric)
@@ -207,7 +209,7 @@ def _task(student: nn.Module, replay: Replay, each: SiteStatistics) -> tuple[tor
         hooked(student, each.place, take_sum),
     ):
         replay.visit(site.down, see)
-    return x_ND, target_ND, weights_of(sums_ND)
+    return x_ND, target_ND, torch.cat([weights_of(batch) for batch in each.sums])
 
 
 def _solved(

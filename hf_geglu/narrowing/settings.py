@@ -41,8 +41,9 @@ class NarrowSettings:
     Attributes:
         stage: where to stop. closed: neurons are chosen and the down projections solved for; local: every block is
             trained by itself; heal: the whole model is trained, FFN blocks only.
-        statistics_tokens: the first ones of the calibration data, on which neurons are chosen and blocks fitted. The
-            last stage sees all of it.
+        selection_tokens: the first ones of the calibration data, on which neurons are chosen: runs backwards are
+            dear, and an order needs less text than a fit.
+        statistics_tokens: the first ones, on which blocks are fitted. The last stage sees all of the data.
         sensitivity: how much of an error's cost is how far it moves the model's output, to first order, rather than its
             size.
         fit: of every block.
@@ -53,7 +54,8 @@ class NarrowSettings:
     """
 
     stage: Stage = "closed"
-    statistics_tokens: int = 130_000
+    selection_tokens: int = 70_000
+    statistics_tokens: int = 190_000
     sensitivity: float = 0.5
     fit: FitSettings = field(default_factory=FitSettings)
     heal: HealSettings = field(default_factory=HealSettings)

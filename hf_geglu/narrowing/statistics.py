@@ -63,16 +63,19 @@ def gather(
     blocks: Mapping[str, Block],
     batches: Sequence[Inputs],
     *,
+    measured: int,
     seed: int,
     progress: Callable[[str], None],
 ) -> dict[str, SiteStatistics]:
-    """Run the original, forwards and backwards, over the batches.
+    """Run the original over the batches: forwards and backwards over the first ones, forwards only over the others,
+    whose sums are all that is kept.
 
     Args:
         model: the original; not changed.
         entries: the sites.
         blocks: their blocks, by `up`.
         batches: keyword arguments of forwards.
+        measured: how many of them are run backwards too, for the moments and the metric.
         seed: of the directions that are probed.
         progress: is told of each tenth.
 
@@ -97,7 +100,11 @@ def gather(
             parameter.requires_grad_(False)
         with evaluating(model):
             for number, batch in enumerate(batches):
-                _look(model, found, cast(batch, model), generator)
+                given = cast(batch, model)
+                if number < measured:
+                    _look(model, found, given, generator)
+                else:
+                    _listen(model, found, given)
                 if (number + 1) % max(1, len(batches) // 10) == 0:
                     progress(f"original: {number + 1} of {len(batches)} batches")
     finally:
@@ -140,6 +147,18 @@ def _look(model: nn.Module, found: Mapping[str, SiteStatistics], batch: Inputs, 
             cost_ND = tokens_of(gradient, batch).float().cpu()
             each.metric_DD += cost_ND.T @ cost_ND
         each.sums.append(sum_ND.to(KEPT_AS))
+
+
+def _listen(model: nn.Module, found: Mapping[str, SiteStatistics], batch: Inputs) -> None:
+    """One batch, its sums alone."""
+
+    def keeper(each: SiteStatistics) -> Callable[[torch.Tensor], None]:
+        return lambda tensor: each.sums.append(tokens_of(tensor, batch).to("cpu", KEPT_AS))
+
+    with ExitStack() as stack, torch.no_grad():
+        for each in found.values():
+            stack.enter_context(hooked(model, each.place, keeper(each)))
+        outputs_of(model, batch)
 
 
 def _small(batch: Inputs) -> Inputs:
