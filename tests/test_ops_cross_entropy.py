@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_geglu.errors import KernelError
 from hf_geglu.ops.cross_entropy import linear_cross_entropy
@@ -227,3 +228,30 @@ def test_it_is_traced_whole() -> None:
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for expected, found in zip(*(results(f, parts, torch.float32) for f in (ours, compiled)), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_scaled_loss_takes_no_second_gradient_of_the_weight():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    labels = torch.arange(6)
+
+    def loss():
+        return linear_cross_entropy(hidden, weight, labels) * 0.25
+
+    kept = loss()
+    first = torch.autograd.grad(kept, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(kept, (hidden, weight))
+    assert all(map(torch.equal, first, again))
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            answer = function(*args, **(kwargs or {}))
+            if isinstance(answer, torch.Tensor) and not function._schema.is_mutable:
+                made.append(answer.numel())
+            return answer
+
+    made = []
+    value = loss()
+    with Sizes():
+        found = torch.autograd.grad(value, (hidden, weight))
+    assert max(made, default=0) < weight.numel()
+    assert all(map(torch.equal, first, found))

@@ -68,8 +68,8 @@ def loss_of(side: str, model: Any) -> Callable[[Tensor], Tensor]:
 
     def loss(ids: Tensor) -> Tensor:
         labels = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], dim=1)
-        total = head.summed_loss(lambda: model(input_ids=ids), labels, ignore_index=-100)
-        return total / (labels != -100).sum()
+        scored = int((labels != -100).sum())
+        return head.summed_loss(lambda: model(input_ids=ids), labels, ignore_index=-100, divisor=scored)
 
     return loss
 

@@ -92,15 +92,17 @@ class _CausalAttention(torch.autograd.Function):
 def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The answer; of each row the maximum of its scores, unscaled, and the sum of its odds, (BK, G, T, 1)."""
     batch, heads, tokens, width = query.shape
+    # As the output projection will read it, (B, T, H, d): otherwise both would be kept for the backward.
+    answer = torch.empty((batch, tokens, heads, width), dtype=query.dtype, device=query.device).transpose(1, 2)
+    answer_BKGTd = torch.unflatten(answer, 1, (key.shape[1], -1))
+    rows = (batch * key.shape[1], heads // key.shape[1], tokens, 1)
+    tops, sums = (torch.empty(rows, dtype=torch.float32, device=query.device) for _ in range(2))
     q_NGTd, k_NTd, v_NTd = (
         _grouped(query, key.shape[1]),
         key.reshape(-1, tokens, width),
         value.reshape(-1, tokens, width),
     )
     k_NTe = _with_ones(k_NTd)
-    answer = torch.empty((batch, heads, tokens, width), dtype=query.dtype, device=query.device)
-    answer_NGTd = answer.view(q_NGTd.shape)
-    tops, sums = (torch.empty((*q_NGTd.shape[:3], 1), dtype=torch.float32, device=query.device) for _ in range(2))
     for start in range(0, tokens, TILE):
         end = min(start + TILE, tokens)
         q_NRd = q_NGTd[:, :, start:end].flatten(1, 2)
@@ -110,7 +112,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[T
         odds_NRS = _hide_later(torch.bmm(q_NRe, k_NTe[:, :end].mT), start, end).mul_(scale).exp_()
         sum_NR1 = odds_NRS.sum(-1, keepdim=True, dtype=torch.float32)
         found_NRd = torch.bmm(odds_NRS, v_NTd[:, :end]).float().div_(sum_NR1)
-        answer_NGTd[:, :, start:end] = torch.unflatten(found_NRd, 1, (-1, end - start)).to(query.dtype)
+        answer_BKGTd[:, :, :, start:end] = found_NRd.view(*answer_BKGTd.shape[:3], end - start, width)
         tops[:, :, start:end], sums[:, :, start:end] = (
             torch.unflatten(t, 1, (-1, end - start)) for t in (top_NR1, sum_NR1)
         )

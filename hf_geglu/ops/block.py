@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from hf_geglu.ops import pointwise, products, reference
 from hf_geglu.ops.form import Form, Projection, split
+from hf_geglu.ops.graph import graph_is_kept
 from hf_geglu.ops.pointwise import Backend
 from hf_geglu.ops.products import Sums, input_gradient
 
@@ -200,13 +201,6 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward pass that is running may run again (``retain_graph=True``), so that what was saved must
-    stay as it is."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asked is None else bool(asked())
-
-
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -232,7 +226,7 @@ class _Block(torch.autograd.Function):
                     noise_TF = ctx.noise.again(halves(branches(x_TD, weights, form), form)[0])
             answer_TD = reference.block(x_TD, weights.gate, weights.up, weights.down, form, noise_F=noise_TF)
             return (*pointwise.gradients(answer_TD, (x_TD, *weights.flat()), grad_TD, needed), None)
-        if _graph_is_kept():
+        if graph_is_kept():
             saved = tuple(tensor.clone() for tensor in saved)
         with without_autocast(x_TD.device.type):
             found = backward(grad_TD, x_TD, saved, weights, ctx.way, needed, ctx.noise)

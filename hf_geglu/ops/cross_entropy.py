@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_geglu.errors import KernelError
+from hf_geglu.ops.graph import graph_is_kept
 
 MOST_LOGITS = 2**26
 """Logits of a chunk: 128 MiB in 16 bits."""
@@ -221,8 +222,12 @@ def _hand_on(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None
     if grad_loss is not None:
         # Looking at a number makes a GPU wait, and there is none to look at while a graph is traced.
         unchanged = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
+        # The weight's gradient is as large as the weight: a second one would be the peak of a step.
+        in_place = not torch.is_grad_enabled() and type(grad_loss) is Tensor and not graph_is_kept()
         for n, (gradient, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wanted, strict=True)):
-            if wanted:
+            if wanted and in_place and not unchanged:
+                found[n] = gradient.mul_(grad_loss)
+            elif wanted:
                 scaled = gradient if unchanged else (gradient * grad_loss).to(gradient.dtype)
                 found[n] = _refusing(scaled) if torch.is_grad_enabled() else scaled
     return (*found, *[None] * 11)
