@@ -57,7 +57,7 @@ def divide(model: nn.Module, sites: Sequence[Site]) -> Units:
     beside: list[str] = []
 
     def rest(module: nn.Module, path: str) -> None:
-        if path in layers:
+        if path in layers or any(module is unit.module for unit in units):  # T5's embedding has three names
             return
         if _owns(module):
             if not any(layer.startswith(f"{path}.") or not path for layer in layers):
