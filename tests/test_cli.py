@@ -131,6 +131,22 @@ def test_convert_to_fewer_neurons(tmp_path, monkeypatch, capsys):
     assert "--width beside" in err
 
 
+def test_of_several_texts_an_equal_share_is_taken(tmp_path):
+    from tiny_training import SENTENCES, VOCABULARY, causal_tokenizer
+
+    from hf_geglu.cli.calibrating import mixed_batches
+
+    for number in range(2):
+        text = "\n".join(SENTENCES[number : number + 1] * 1800)
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    texts = [str(tmp_path / f"{number}.txt") for number in range(2)]
+    model, tokenizer = tiny("llama", vocab_size=VOCABULARY), causal_tokenizer()
+    batches = mixed_batches(texts, model, tokenizer, tokens=8192)
+    kinds = [frozenset(batch["input_ids"].flatten().tolist()) for batch in batches]
+    assert sorted(kinds.count(kind) for kind in set(kinds)) == [4, 4]
+    assert kinds != sorted(kinds, key=kinds.index)  # both among those that fit and, as a rule, those that choose
+
+
 def test_convert_calibrated_on_a_text_file(tmp_path, monkeypatch, capsys):
     from tiny_training import SENTENCES, VOCABULARY, causal_tokenizer
 

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_geglu
 from benchmarks.corpora import corpus
-from benchmarks.quality.causal import BLOCK, MIX, calibration_data, held_out_blocks
+from benchmarks.quality.causal import BLOCK, calibration_data, held_out_blocks
 from benchmarks.quality.measuring import Reference, distances
 from benchmarks.records import earlier, write
 from hf_geglu.calibration import calibrate
 from hf_geglu.demo.weights import smollm2_folder
 from hf_geglu.planning import make_plan
 
+MIX = ("library", "glosses", "computing")
 DOMAINS = ("prose", "manuals")
 """Never calibrated on."""
 TOKENS = (32_768, 16_384, 8_192)

@@ -65,8 +65,6 @@ def _causal(record: Record) -> str:
         for row in calibrated
     ]
     source = f"Calibrated on {record['calibration_tokens']:,} tokens of {record['calibrated_on']}."
-    if any("mix" in start for start in by_start):
-        source += " The mix is of library, glosses and computing, a third each."
     spread = ""
     for start, of_start in by_start.items():
         for domain in of_start[0]["domains"] if len(of_start) > 1 else ():
@@ -108,7 +106,8 @@ def _mixed(record: Record) -> str:
     text = (
         f"## The same, calibrated on text of several domains\n\n{record['model']}, calibrated on equal parts of "
         f"{', '.join(record['calibrated_on'])} (`benchmarks/corpora.py`); none of it is of the domains below. "
-        f"Held out: {record['blocks']} blocks of {record['block']} tokens of each.\n\n"
+        f"Held out: {record['blocks']} blocks of {record['block']} tokens of each. How rank and penalty of the "
+        "correction follow the amount of text was chosen on other documents of prose.\n\n"
     )
     return text + table(head, rows)
 

@@ -72,8 +72,9 @@ def convert(
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to fit every block's conversion to: files, a folder of them, a dataset, or builtin. Runs the "
-            "model, and chooses block by block on a quarter held out.",
+            help="Text to fit every block's conversion to: a file, a folder of them, a dataset, or builtin; an equal "
+            "share of each where it is said several times. Runs the model, and chooses block by block on a quarter "
+            "held out.",
             show_default=False,
         ),
     ] = None,
@@ -81,7 +82,8 @@ def convert(
         int | None,
         typer.Option(
             min=1,
-            help="How much of it, in tokens. Default: 8192; with --width 80,000, with --heal 500,000.",
+            help="How much of it, in tokens; 32768 of several kinds of text carry over better to others. Default: "
+            "8192; with --width 80,000, with --heal 500,000.",
             show_default=False,
         ),
     ] = None,

@@ -42,7 +42,7 @@ def convert_calibrated(
     Args:
         model: Hub id or folder.
         output_dir: a new or empty folder.
-        calibrate: files, a folder of them, a dataset, or "builtin".
+        calibrate: files, folders of them, datasets, or "builtin"; of each an equal share is taken.
         tokens: of the text to use, `TOKENS` by default; a quarter of them chooses between conversions, or measures.
         memory: how much of the model is in memory: all, or a layer; "auto" looks how much is free.
         verify: of a checkpoint that is converted layer by layer; a model in memory is always run.
@@ -63,7 +63,7 @@ def convert_calibrated(
     """
     from hf_geglu.calibration import CalibrationData
     from hf_geglu.calibration.progress import batches_bar
-    from hf_geglu.cli.texts import batches_of, open_model
+    from hf_geglu.cli.texts import open_model
     from hf_geglu.converting import convert
     from hf_geglu.hub import check_output, load_processor, save_folder
     from hf_geglu.sites import read_sites
@@ -97,7 +97,7 @@ def convert_calibrated(
     loaded = open_model(model, revision=revision)
     tokenizer = load_processor(model, **({"revision": revision} if revision else {}))
     data = CalibrationData(
-        batches=tuple(batches_of(calibrate, loaded, tokenizer, tokens=tokens or _tokens(width, narrow))),
+        batches=tuple(mixed_batches(calibrate, loaded, tokenizer, tokens=tokens or _tokens(width, narrow))),
         name=_names(calibrate),
     )
     # beside the target and of a fixed name, so that the same command finds it again
@@ -165,11 +165,10 @@ def _layer_by_layer(
     from hf_geglu.calibration import CalibrationData
     from hf_geglu.calibration.progress import batches_bar
     from hf_geglu.checkpoint import convert_checkpoint
-    from hf_geglu.cli.texts import batches_of
     from hf_geglu.hub import load_processor
 
     tokenizer = load_processor(model, **({"revision": revision} if revision else {}))
-    batches = batches_of(calibrate, _empty(model, revision, trust_remote_code), tokenizer, tokens=tokens)
+    batches = mixed_batches(calibrate, _empty(model, revision, trust_remote_code), tokenizer, tokens=tokens)
     with batches_bar("calibrating, layer by layer") as calibrating:
         done = convert_checkpoint(
             model,
@@ -184,6 +183,19 @@ def _layer_by_layer(
         )
     print(done)
     print(f"saved in {output_dir}")
+
+
+def mixed_batches(texts: Sequence[str], model: Any, tokenizer: Any, *, tokens: int) -> list[dict[str, Any]]:
+    """Batches of several texts, an equal share of each, in an order that is always the same; see `batches_of`."""
+    import random
+
+    from hf_geglu.cli.texts import batches_of
+
+    share = -(-tokens // len(texts))
+    batches = [batch for text in texts for batch in batches_of([text], model, tokenizer, tokens=share)]
+    if len(texts) > 1:  # not in turn: every fourth batch is held out, and would be of one text
+        random.Random(0).shuffle(batches)
+    return batches
 
 
 def _names(calibrate: Sequence[str]) -> str:
