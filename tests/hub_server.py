@@ -153,6 +153,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
+    def whoami(self) -> None:
+        if not self._logged_in():
+            return self._error(401, "Unauthorized")
+        return self._answer(200, {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}})
+
     def create(self) -> None:
         told = json.loads(self._body())
         name = f"{told['organization']}/{told['name']}" if told.get("organization") else told["name"]
@@ -302,6 +307,7 @@ def _etag(commit: Commit, path: str) -> str:
 
 _REPO = r"(?P<repo>[^/]+/[^/]+?)"
 _ROUTES = [
+    (("GET",), r"/api/whoami-v2", _Handler.whoami),
     (("POST",), "/api/repos/create", _Handler.create),
     (("POST",), "/api/validate-yaml", _Handler.validate_yaml),
     (("POST",), rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),

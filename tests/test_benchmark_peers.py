@@ -94,6 +94,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
         "cases": [
             {"precision": "float32", "batch": 1, "block": 8, **bench.times(runs), **bench.peaks(runs)},
             {"precision": "bfloat16", "batch": 1, "block": 8, **bench.times(runs)},
+            {"precision": "bfloat16", "batch": 4, "block": 8, **bench.peaks(runs)},
         ],
         "script": {"sha256": "0" * 64, "asks for transformers": "4.57.0"},
         **{"python": "3", "torch": "2", "transformers": "5", "trl": "1", "accelerate": "1", "warm": 1},
@@ -101,4 +102,5 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     told = page.render(json.loads(json.dumps(record)), tmp_path / "peers.md").read_text(encoding="utf-8")
     assert f"| {CONVERTED} | 0.250 | 0.500 | 0.25 | 0.250 | 0.500 | 0 MiB | 0 |" in told
     assert f"| {CONVERTED} | 0.250 | 0.500 | 0.25 |  |  |  | 0 |" in told
+    assert "converted: 0.25 and 0.50 of the peak (target 0.6). Times were not measured." in told
     assert "converted: 4.00 and 2.00 times the throughput (target 1.1), 0.25 and 0.50 of the peak (target 0.6)" in told

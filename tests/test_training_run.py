@@ -260,6 +260,14 @@ def refuse(*_: Any) -> None:
         ({"fp16": True}, ConfigurationError, "expected a GPU"),
         ({"tokenizer_name": "large"}, DataError, "the tokenizer gives token 5000, the model has embeddings for 96"),
         ({"convert": True}, SelectionError, "layers=9"),
+        ({"model_name_or_path": "bert", "tokenizer_name": "gpt2"}, ConfigurationError, "sees the tokens that it is to"),
+        ({"load_best_model_at_end": True, "validation_split_percentage": 0}, ConfigurationError, "without held-out"),
+        (
+            {"early_stopping_patience": 2, "eval_steps": 1, "validation_split_percentage": 0},
+            ConfigurationError,
+            "--early_stopping_patience without held-out data",
+        ),
+        ({"sample_prompts": ["the fox"]}, ConfigurationError, "64 takes all 64 positions"),
     ],
 )
 def test_a_run_that_cannot_start_leaves_no_trace(

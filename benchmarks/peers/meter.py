@@ -27,7 +27,7 @@ class Meter:
 
     Attributes:
         losses: of each step, what was handed to backward.
-        batches: SHA-256 of what is embedded first in each step, the input_ids, the first 16 digits.
+        batches: SHA-256 of what is embedded last in each step, the input_ids, the first 16 digits.
         cpu, wall: seconds of each step from the second one on.
         loaded: bytes of the process once the model was loaded.
         peak: the highest of the process after that, up to the last step.
@@ -80,9 +80,8 @@ class Meter:
         self.loaded = status("VmRSS")
 
     def _embeds(self, ids: Tensor, *_: object) -> None:
-        if self._seen:  # position ids, or a further forward of the step
-            return
-        if torch.is_grad_enabled() and type(ids) is Tensor and ids.device.type == "cpu":  # no search for blocks
+        # The last one before the update is that of the step: these models embed nothing but tokens, once a forward.
+        if type(ids) is Tensor and ids.device.type == "cpu":
             self._seen = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
     def _stepped(self, *_: object) -> None:

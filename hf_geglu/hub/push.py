@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from rich.table import Table
 from torch import nn
@@ -144,6 +145,38 @@ def push(
     message = message or f"GeGLU variant of {manifest.provenance.base.name or 'an unnamed base'}"
     plan = _upload(plan, selection, text, message, HfApi(token=token))
     return _read_back(plan, base, token)
+
+
+def writable(repo: str, *, token: str | None = None) -> str:
+    """The whole name of a repository that a login may write: checked before work that ends in a push.
+
+    Args:
+        repo: "owner/name", or a name alone for the login's own.
+        token: the stored login by default.
+
+    Raises:
+        PushError: no login, one that may only read, or the owner is somebody else.
+    """
+    api = HfApi(token=token)
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo):
+        raise PushError(f"{repo} is no name of a repository: expected owner/name. Give one")
+    if (token or get_token()) is None:
+        raise PushError(f"a push to {repo} without a login: expected one with write access. Run `hf auth login`")
+    try:
+        login = api.whoami()
+    except Exception as error:  # whatever the HTTP library of this huggingface_hub raises when there is no network
+        reason = str(error).strip().split("\n")[0]
+        raise PushError(
+            f"a push to {repo} will not do: {reason} Check the network, and that you are logged in with write access "
+            "(hf auth login)"
+        ) from error
+    if (login.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise PushError(f"a push to {repo} by a login that may only read: expected write access. Run `hf auth login`")
+    owner, _, name = repo.rpartition("/")
+    owners = [login["name"], *(each["name"] for each in login.get("orgs") or ())]
+    if owner and owner not in owners:
+        raise PushError(f"{repo} belongs to {owner}: expected one of {', '.join(owners)}. Name another repository")
+    return f"{owner or login['name']}/{name}"
 
 
 def is_variant(model: nn.Module) -> bool:

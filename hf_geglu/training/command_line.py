@@ -27,7 +27,6 @@ NOT_NEEDED = {
     "--save_strategy": "say how often with --save_steps",
     "--logging_strategy": "say how often with --logging_steps",
     "--with_tracking": "name trackers with --report_to",
-    "--push_to_hub": "push the finished folder with `hf-geglu push`",
 }
 """Flags that belong to other scripts and whose absence needs a word."""
 
@@ -134,6 +133,8 @@ def main(
         if result.samples:
             print(f"\n{result.told_samples()}\n")
         print(f"saved in {settings.output.output_dir}")
+        if result.pushed:
+            print(f"pushed, downloaded again and verified: {result.pushed}")
     return 0
 
 

@@ -49,13 +49,14 @@ def config_words(path: str, known: Mapping[str, str], task: str) -> list[str]:
         task: of the recipe that reads it.
 
     Raises:
-        ConfigurationError: it cannot be read, belongs to another task, or has a key that no flag has.
+        ConfigurationError: it cannot be read, belongs to another task, has a key that no flag has, or one twice.
     """
     import yaml
 
     name = Path(path).name
     try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        read, twice = yaml.safe_load(text), _twice(yaml.compose(text, yaml.SafeLoader))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config {name} cannot be read: expected a YAML file. Check the path.") from error
     except yaml.YAMLError as error:
@@ -73,6 +74,7 @@ def config_words(path: str, known: Mapping[str, str], task: str) -> list[str]:
             f"--config {name} is of the recipe {of}: expected {task}. Run `hf-geglu finetune {of}`."
         )
     words: list[str] = []
+    seen: dict[str, str] = {}
     for key, value in _flat(read):
         flag = str(key).lstrip("-").replace("-", "_")
         if flag not in known:
@@ -81,8 +83,23 @@ def config_words(path: str, known: Mapping[str, str], task: str) -> list[str]:
                 f"unknown key {key} in --config {name}: "
                 + (f"did you mean {near[0]}?" if near else "expected the name of a flag, as --help lists them.")
             )
+        before = seen.setdefault(known[flag], str(key))
+        if before != key or key in twice:
+            raise ConfigurationError(
+                f"--config {name} says {key} twice{f', once as {before}' * (before != key)}: expected each setting "
+                "once. Leave one out."
+            )
         words += _words(known[flag], value)
     return words
+
+
+def _twice(node: Any) -> set[str]:
+    """Keys that a mapping has more than once: YAML itself would take the last."""
+    if not isinstance(getattr(node, "value", None), list):
+        return set()
+    pairs = [pair for pair in node.value if isinstance(pair, tuple)]
+    keys = [key.value for key, _ in pairs]
+    return {key for key in keys if keys.count(key) > 1}.union(*(_twice(value) for _, value in pairs))
 
 
 def _flat(read: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -81,6 +81,7 @@ def forecast_run(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | N
     Raises:
         HfGegluError: as `finetune` would.
     """
+    most = _bytes(settings.output.max_memory)
     device = torch.device("cuda" if torch.cuda.is_available() and not settings.train.use_cpu else "cpu")
     with peak_memory(device) as opening:
         outset, model = set_out(settings, task, convert_fn=convert_fn)
@@ -94,7 +95,7 @@ def forecast_run(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | N
             total_steps=outset.total_steps,
             folder=outset.folder.path,
             keep=settings.output.save_total_limit,
-            max_memory=_bytes(settings.output.max_memory),
+            max_memory=most,
             teacher=outset.teacher,
         )
     return dataclasses.replace(found, peak_bytes=max(found.peak_bytes, opening.bytes))  # a conversion may take more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,15 @@ from torch import nn
 
 from hf_geglu.errors import ConfigurationError, DataError, HfGegluError
 from hf_geglu.hub import load
+from hf_geglu.modes import evaluating
 from hf_geglu.training.data.corpus import Corpus
+from hf_geglu.training.objectives.head import logits_in
 from hf_geglu.training.settings.run import ModelSettings
 from hf_geglu.training.tasks import TaskKind
 
 DEFAULT_BLOCK_SIZE = 1024
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(settings: ModelSettings) -> Any:
@@ -124,6 +129,29 @@ def choose_block_size(
             f"{flag} {wanted}: expected at most {limit}, the positions that the model has. Lower it."
         )
     return wanted
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose prediction of a token has seen it: an encoder with the head of a decoder learns to copy.
+
+    Raises:
+        ConfigurationError: tokens change what was predicted before them.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None]
+    other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], dim=1)
+    try:
+        with torch.no_grad(), evaluating(model):
+            one, two = (logits_in(model(input_ids=each))[:, :4].float() for each in (ids, other))
+    except Exception as error:  # a model that takes no plain text; what it lacks will be said when it is trained
+        logger.debug("%s cannot be tried on a few tokens: %s", type(model).__name__, error)
+        return
+    bound = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.05  # experts round by who is beside a token
+    if float((one - two).abs().max()) > bound * float(one.abs().max()):
+        raise ConfigurationError(
+            f"{type(model).__name__} sees the tokens that it is to predict: later ones change its predictions of "
+            "earlier ones. Expected a causal model. For an encoder use the recipe mlm."
+        )
 
 
 def check_positions(model: nn.Module, block_size: int) -> None:

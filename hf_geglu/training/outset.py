@@ -20,6 +20,7 @@ from hf_geglu.training.data.corpus import Corpus
 from hf_geglu.training.leak import find_isolation
 from hf_geglu.training.objectives.objective import CausalLM, MaskedLM, Objective, Task
 from hf_geglu.training.opening import (
+    check_causal,
     check_positions,
     check_vocabulary,
     choose_block_size,
@@ -31,6 +32,7 @@ from hf_geglu.training.opening import (
 from hf_geglu.training.output import RunFolder, check_output
 from hf_geglu.training.parameters.trainable import choose_trainable
 from hf_geglu.training.processes.accelerator import check_trackers, make_accelerator
+from hf_geglu.training.pushing import check_variant, place_on_hub
 from hf_geglu.training.reports.generations import Sampler, sampler_for
 from hf_geglu.training.settings.run import ModelSettings, RunSettings, TrainSettings
 from hf_geglu.training.tasks import TASKS, Request
@@ -58,6 +60,7 @@ class Outset:
         teacher: what is distilled from, if anything is.
         unconverted: loads the model as it was, for the control.
         sampler: completes prompts before and after; None where none were asked for.
+        repo: on the Hub, where the finished model is pushed to; None: nowhere.
     """
 
     settings: RunSettings
@@ -73,6 +76,7 @@ class Outset:
     teacher: nn.Module | None
     unconverted: Callable[[], nn.Module]
     sampler: Sampler | None
+    repo: str | None
 
 
 def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None = None) -> tuple[Outset, nn.Module]:
@@ -90,6 +94,7 @@ def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None =
     folder, resume_from = check_output(output, sources=[source for source in sources if source])
     accelerator = make_accelerator(settings.train)
     check_trackers(output.report_to or ())
+    repo = place_on_hub(output, folder.path)
     if settings.train.max_steps >= 1:
         _check_schedule(settings.train, settings.train.max_steps)
     config, processor = load_config(model_settings), load_processor(model_settings, kind)
@@ -136,6 +141,10 @@ def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None =
     if kind.reads == "tokens":
         check_vocabulary(model, corpus)
         check_positions(model, block_size)
+    if task in ("clm", "sft"):
+        check_causal(model)
+    if corpus.validation is None:
+        _check_not_needed(settings.train)
     report = None
     teacher = open_model() if settings.train.distill else None
     if model_settings.control and settings.train.trainable != "lora":  # has it what is to be trained?
@@ -143,6 +152,8 @@ def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None =
     if model_settings.convert:
         report = (convert_fn or _converter(model_settings))(model)
         _tell(accelerator, str(report))
+    if repo is not None:
+        check_variant(model)
     for line in corpus.lines:
         _tell(accelerator, line)
     if corpus.side_by_side and isinstance(objective, CausalLM | MaskedLM):
@@ -162,9 +173,24 @@ def set_out(settings: RunSettings, task: Task, *, convert_fn: ConvertFn | None =
             teacher=teacher,
             unconverted=open_model,
             sampler=sampler,
+            repo=repo,
         ),
         model,
     )
+
+
+def _check_not_needed(settings: TrainSettings) -> None:
+    """Refuse what goes by evaluations where there are none.
+
+    Raises:
+        ConfigurationError: something does.
+    """
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(settings, name):
+            raise ConfigurationError(
+                f"--{name} without held-out data: expected some to evaluate on. Give --validation_file or "
+                "--validation_split_percentage, or leave it out."
+            )
 
 
 def _keeping_apart(

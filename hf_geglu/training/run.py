@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hf_geglu.training.objectives.objective import Task
 from hf_geglu.training.outset import ConvertFn, Outset, set_out
 from hf_geglu.training.parameters.adapters import adapted
 from hf_geglu.training.processes.accelerator import make_accelerator
+from hf_geglu.training.pushing import push_finished
 from hf_geglu.training.reports.curves import LiveCurves
 from hf_geglu.training.reports.generations import samples_of
 from hf_geglu.training.reports.lineage import training_record
@@ -41,6 +42,7 @@ class RunResult:
         data: lines about the corpus.
         total_steps: steps of each run.
         samples: what the models wrote to prompts, if that was asked for.
+        pushed: address of the commit on the Hub, if it was pushed.
     """
 
     task: Task
@@ -50,6 +52,7 @@ class RunResult:
     data: tuple[str, ...]
     total_steps: int
     samples: tuple[Sample, ...] = ()
+    pushed: str | None = None
 
     def table(self) -> str:
         """The runs side by side, for people."""
@@ -129,6 +132,7 @@ def finetune(
     Raises:
         ConfigurationError: settings that cannot be.
         OutputError: a folder that must not be written, or no room on the disk; checkpoints stay as they were.
+        PushError: --push_to_hub without a login that may write there, or after the training a card without a licence.
         DataError: no data, no text in it, or too little.
         TrainingError: a run that cannot be resumed, or whose loss is no longer finite.
         HfGegluError: what the conversion raises.
@@ -157,6 +161,8 @@ def finetune(
                 record = training_record(settings, task, corpus, trained, control=control, samples=samples)
                 folder.amend(record, run.curves.picture)
             _write_json(folder.path / "results.json", result.to_dict())
+    if outset.repo is not None and accelerator.is_main_process:
+        result = replace(result, pushed=push_finished(folder.path, outset.repo))
     accelerator.wait_for_everyone()
     return result
 

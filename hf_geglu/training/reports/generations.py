@@ -105,6 +105,11 @@ def sampler_for(
     prompts = [
         Prompt(text, tuple(_tokens(text, task, tokenizer, data.source_prefix))) for text in output.sample_prompts or ()
     ]
+    if (output.sample_prompts or output.num_generation_samples) and room is not None and room < 1:
+        raise ConfigurationError(
+            f"--generation_max_new_tokens {new} takes all {positions} positions of the model: expected room for a "
+            "prompt. Lower it."
+        )
     for prompt in prompts:
         if not prompt.ids or (room is not None and len(prompt.ids) > room):
             raise ConfigurationError(
@@ -118,11 +123,6 @@ def sampler_for(
             raise ConfigurationError(
                 f"--num_generation_samples {output.num_generation_samples}, but nothing is held out: expected a "
                 "validation set to take prompts from. Give --validation_file, or --sample_prompts."
-            )
-        if room is not None and room < 1:
-            raise ConfigurationError(
-                f"--generation_max_new_tokens {new} takes all {positions} positions of the model: expected room for a "
-                "prompt. Lower it."
             )
         longest = block_size if room is None else min(block_size, room)
         prompts += list(_out_of(held_out, tokenizer, task, count=output.num_generation_samples, longest=longest))

@@ -54,15 +54,13 @@ class TrainSettings:
     learning_rate: float = _flag(5e-5, "peak learning rate of AdamW")
     weight_decay: float = _flag(0.0, "decoupled weight decay on matrices (never on biases and norms)", off="0")
     trainable: Literal["all", "ffn", "value", "lora"] = _flag(
-        "all", "the whole model, FFN blocks, value branches, or LoRA adapters", aliases=("train",)
+        "all", "what is trained: all, ffn (blocks), value (branches alone) or lora (adapters)", aliases=("train",)
     )
     lora_r: int = _flag(16, "rank of the adapters of --train lora")
     lora_alpha: int = _flag(32, "their scale is lora_alpha / lora_r")
     lora_dropout: float = _flag(0.0, "dropout before them", off="0")
     lora_target_modules: list[str] | None = _flag(None, "names of the layers that get one; default: all linear ones")
-    value_learning_rate: float | None = _flag(
-        None, "peak learning rate of the value half of packed projections, where it is to be another"
-    )
+    value_learning_rate: float | None = _flag(None, "peak learning rate of the value half of packed projections")
     layerwise_lr_decay: float = _flag(
         1.0, "learning rate of each layer over that of the layer above it", unit="0..1", off="1"
     )
@@ -84,19 +82,18 @@ class TrainSettings:
     adam_epsilon: float = _flag(1e-8, "AdamW: added to the denominator")
     seed: int = _flag(42, "order of the blocks, dropout, masks, split")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _flag(
-        None, "autocast of the forward; default: as `accelerate launch` says, else no", off="no"
+        None, "autocast: no, bf16, fp16; default: as `accelerate launch` says", off="no"
     )
     bf16: bool = _flag(False, "the same as --mixed_precision bf16")
     fp16: bool = _flag(False, "the same as --mixed_precision fp16 (needs a GPU)")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _flag(
         "float32",
-        "type of the weights while training; float32 keeps master weights, auto leaves them",
+        "of the weights: float32, bfloat16, float16, or auto: as they are",
         aliases=("torch_dtype",),
     )
     chunked_cross_entropy: Literal["auto", "off"] = _flag(
         "auto",
-        "compute the loss some tokens at a time, their logits never all at once; auto: where that is exact",
-        off="off",
+        "auto: never make the logits whole, where that is exact; or off",
     )
     ops: Literal["auto", "lean", "tiled", "reference"] = _flag("auto", "kernels of gated blocks", off="reference")
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward: less memory, more time")
@@ -123,6 +120,12 @@ class TrainSettings:
             "early_stopping_threshold",
         ):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "0 or more", "0 switches it off.")
+        _require(
+            self.early_stopping_patience == 0 or self.eval_steps > 0,
+            f"early_stopping_patience={self.early_stopping_patience:g} without eval_steps",
+            "evaluations along the way to wait for",
+            "Say how often with --eval_steps.",
+        )
         _require(0 <= self.distill <= 1, f"distill={self.distill:g}", "0 to 1", "1 leaves the labels out.")
         _require(
             self.distill_temperature > 0, f"distill_temperature={self.distill_temperature:g}", "above 0", "1 is usual."
@@ -259,6 +262,8 @@ class OutputSettings:
     )
     generation_max_new_tokens: int = _flag(64, "length of a completion", unit="tokens", tasks=_WRITE)
     generation_temperature: float = _flag(0.7, "of its sampling", off="0", tasks=_WRITE)
+    push_to_hub: bool = _flag(False, "push the finished variant to the Hub, private, checked before and after")
+    hub_model_id: str | None = _flag(None, "where to; default: your name, and that of the folder", metavar="OWNER/NAME")
     plan: bool = _flag(False, "say what the run would take, from two steps; write nothing")
     max_memory: str | None = _flag(None, "with --plan: how the same steps fit into so much, such as 8GB")
 
@@ -274,6 +279,12 @@ class OutputSettings:
             f"--max_memory {self.max_memory} without --plan",
             "a plan that it belongs to",
             "Add --plan.",
+        )
+        _require(
+            self.push_to_hub or self.hub_model_id is None,
+            f"--hub_model_id {self.hub_model_id} without --push_to_hub",
+            "a push that goes there",
+            "Add --push_to_hub.",
         )
         _require(self.save_total_limit >= 0, f"save_total_limit={self.save_total_limit}", "0 or more", "0 keeps all.")
         for name in ("num_generation_samples", "generation_temperature"):
