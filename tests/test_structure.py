@@ -50,7 +50,7 @@ TRAINING_LAYERS = [
     ["parameters", "evaluation", "tasks"],
     ["updates", "reports", "opening", "distillation", "leak", "callback"],
     ["checkpoints", "best", "loss"],
-    ["loop", "output"],
+    ["loop", "output", "pushing"],
     ["outset"],
     ["forecast", "run"],
     ["command_line"],
