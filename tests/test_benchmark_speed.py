@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import block, clock, decode, generate, memory, render, step
+from benchmarks.speed import block, clock, decode, generate, memory, render, step, unit
 from benchmarks.speed.process import ALLOCATOR, measured
 
 BLOCK: dict[str, Any] = {"hidden": 16, "width": 48, "tokens": 32, "dtype": "bfloat16", "activation": "gelu"}
+VERSIONS = {"device": "CPU, 1 threads", "torch": "2", "transformers": "5"}
 SHAPE = {"model": "SmolLM2-135M", "layers": 1, "vocabulary": 128}
 
 
@@ -27,6 +28,16 @@ def test_one_block() -> None:
     assert found["saved units"]["ours, tiled"] == pytest.approx(x, abs=0.01)
     assert found["time over products"].keys() == {block.PRODUCTS, *names}
     assert found["time over products"][block.PRODUCTS] == found["time over eager"]["eager HF"] == 1.0
+
+
+def test_the_unit_beside_a_copy() -> None:
+    found = unit.measure(**{name: value for name, value in BLOCK.items() if name != "hidden"}, seconds=0.0)
+    shares = found["share of a copy's speed"]
+    assert shares.keys() == {"copy", "forward", "backward"}
+    assert shares["copy"] == 1.0
+    case = {"tokens": 32, "width": 48, "dtype": "bfloat16", "activation": "gelu", "device": "cpu", "threads": 1}
+    page = render.page({**VERSIONS, "unit": [{**case, render.SHARE: {"forward": 0.913, "backward": 0.85}}]})
+    assert "| 32 x 48 | bfloat16 | gelu | cpu, 1 thread | 91% | 85% |" in page
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # asked by torch's compiler
@@ -81,12 +92,13 @@ def test_the_page(tmp_path: Path) -> None:
     blocks = {"eager HF": 1.0, "ours, lean": 0.875}
     few = {"1": {"eager HF": 1.0, "ours, decode": 0.5625}, "8": {"eager HF": 1.0, "ours, decode": 0.6875}}
     record = {
-        **{"device": "CPU, 1 threads", "torch": "2", "transformers": "5"},
+        **VERSIONS,
         "blocks": [
             {
                 **{**BLOCK, "device": "cpu", "threads": 2, "x units": 0.25},
                 **{"error over eager": blocks, "saved units": dict.fromkeys(blocks, 2.25), "time over eager": blocks},
                 "time over products": {**blocks, block.PRODUCTS: 1.0},
+                "time over quick products": {**blocks, "ours, lean": 1.0165},
             }
         ],
         "peak units": {**BLOCK, "sides": {"ours, tiled": 1.525}},
@@ -113,6 +125,8 @@ def test_the_page(tmp_path: Path) -> None:
     for told in (
         "0.875",
         "2.00 + x",
+        "1.0165",
+        "over products by oneDNN",
         "1.525",
         "0.012 after the Auto classes",
         "1.10 billion",

@@ -102,6 +102,18 @@ def test_threads_change_nothing(monkeypatch):
 
 
 @here
+def test_rows_may_be_further_apart_than_32_bits_count():
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # of which a few pages are touched
+    tensors = [far.as_strided((3, 16), (2**30, 1), at) for at in (0, 16, 32)]
+    for tensor, numbers in zip(tensors, _tensors(torch.bfloat16, 3, 16), strict=True):
+        tensor.copy_(numbers)
+    near = [tensor.clone() for tensor in tensors]
+    for three in (tensors, near):
+        pointwise.backward_(*three, "silu", 0.0, "c")
+    assert all(map(torch.equal, tensors, near))
+
+
+@here
 def test_there_is_one_pool_of_threads():
     """Two would wait for each other's processors: a kernel with an OpenMP of its own beside torch's."""
     code = (

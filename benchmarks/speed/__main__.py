@@ -73,6 +73,13 @@ def run(*, quick: bool, only: list[str], say: Any = print) -> dict[str, Any]:
                 say(f"block  {device}, {threads} threads  {case}")
                 found = measured("block", threads=threads, **case, seconds=seconds, device=device)
                 result["blocks"].append({"device": device, "threads": threads, **case, **found})
+        result["unit"] = []
+        for device, threads in where:
+            for case in (GPU_BLOCKS if device == "cuda" else blocks)[-2:]:
+                case = {name: value for name, value in case.items() if name != "hidden"}
+                say(f"unit  {device}, {threads} threads  {case}")
+                found = measured("unit", threads=threads, **case, seconds=seconds / 3.0, device=device)
+                result["unit"].append({"device": device, "threads": threads, **case, **found})
         peak = QUICK_BLOCK if quick else PEAK
         say(f"block  peaks  {peak}")
         names = [block.EAGER, "torch.compile", "ours, lean", "ours, tiled"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
+SHARE = "share of a copy's speed"
 PLOTS = ("performance-time.png", "performance-peak.png")
 
 HEAD = """# Performance
@@ -90,6 +91,23 @@ def page(record: Mapping[str, Any]) -> str:
             "2 + x units kept, x where tiled. Products are torch's own; where oneDNN multiplies float32 much more "
             "quickly than the library that torch takes for it, our blocks use it, and stand beside both.",
             *[_block(row) for row in record["blocks"]],
+        ]
+    if "unit" in record:
+        head = ["tokens x width", "dtype", "activation", "device", "forward", "backward"]
+        rows = [
+            [
+                f"{row['tokens']} x {row['width']}",
+                row["dtype"],
+                row["activation"],
+                f"{row['device']}, {row['threads']} thread{'s' * (row['threads'] > 1)}",
+                *(f"{row[SHARE][name]:.0%}" for name in ("forward", "backward")),
+            ]
+            for row in record["unit"]
+        ]
+        parts += [
+            "The unit alone: bytes read and written in a second, over those of a copy of one tensor (target on an H200 "
+            "85%).",
+            table(head, rows),
         ]
     if "peak units" in record:
         peak = record["peak units"]
