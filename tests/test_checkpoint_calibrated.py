@@ -12,10 +12,12 @@ from tiny_models import tiny
 import hf_geglu
 from hf_geglu.calibration import CalibrationData, calibrate
 from hf_geglu.checkpoint import convert_checkpoint
+from hf_geglu.checkpoint.rules import compute_buffers
 from hf_geglu.errors import PlanError, StreamError, VerificationError, WeightsError
 from hf_geglu.hub.reproduce import reproduce_variant
 from hf_geglu.hub.verifying import verify_variant
 from hf_geglu.planning import make_plan
+from hf_geglu.skeleton import skeleton
 
 ROUNDED = {"t5": "an encoder's output gets gradients from several layers, which are added in another order"}
 
@@ -119,6 +121,20 @@ def test_in_16_bits(tmp_path, case):
     convert_checkpoint(tmp_path / "base", tmp_path / "out", calibration=given)
     for name, tensor in weights_in(tmp_path / "memory").items():
         assert torch.equal(tensor, weights_in(tmp_path / "out")[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "codegen", "llama", "t5", "deit", "swin"])
+def test_buffers_are_those_of_loading(tmp_path, model_type):
+    """In 16 bits too, where a table of positions depends on the dtype that it is computed in."""
+    tiny(model_type).bfloat16().save_pretrained(tmp_path / "base")
+    loaded = type(tiny(model_type)).from_pretrained(tmp_path / "base", dtype="auto")
+    empty = skeleton(loaded.config, type(loaded), buffers=True)
+    compute_buffers(empty)
+    expected = dict(loaded.named_buffers())
+    assert expected.keys() == dict(empty.named_buffers()).keys()
+    for name, buffer in empty.named_buffers():
+        assert buffer.dtype == expected[name].dtype, name
+        assert torch.equal(buffer, expected[name]), name
 
 
 def test_some_layers_only(tmp_path):

@@ -15,6 +15,7 @@ from hf_geglu.calibration.layerwise import calibrate_layerwise
 from hf_geglu.calibration.shelf import Shelf
 from hf_geglu.checkpoint.blueprint import Blueprint
 from hf_geglu.checkpoint.reading import Reader
+from hf_geglu.checkpoint.rules import compute_buffers
 from hf_geglu.conversions import Coefficients
 from hf_geglu.errors import PlanError
 from hf_geglu.plan import Plan
@@ -77,6 +78,7 @@ def calibrate_checkpoint(
     kept = shelf.read_lines(_RESULT)
     if kept is None:
         model = skeleton(drawn.base.config, type(drawn.base), buffers=True)
+        compute_buffers(model)
         made = calibrate_layerwise(
             model,
             drawn.plan,

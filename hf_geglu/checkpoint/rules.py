@@ -115,6 +115,19 @@ def note_dtype(config: Any, dtype: torch.dtype, *, asked: bool) -> None:
             getattr(config, name).dtype = dtype
 
 
+def compute_buffers(model: Any) -> None:
+    """Compute the buffers that are not saved as loading leaves them: version 5 computes them once more, in float32.
+
+    Args:
+        model: built with its buffers, its parameters on the meta device.
+    """
+    if get_model_conversion_mapping is None:
+        return
+    for module in model.modules():
+        if any(module._buffers[name] is not None for name in module._non_persistent_buffers_set):
+            model._init_weights(module)
+
+
 def note_generation(model: Any, folder: Path) -> None:
     """Give a model the generation config that loading it from `folder` would.
 
