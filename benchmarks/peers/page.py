@@ -31,6 +31,8 @@ release that asks for transformers {asks}, SHA-256 `{sha}`).
   of the peers', and the rest is what loops can differ in.
 - Settings are the sides' own defaults but for what would make them incomparable: no gradient clipping (the script has
   none), no checkpointing, no autocast where a line does not say so (TRL has both on by default).
+- In float32 our blocks multiply by oneDNN where it is measured to be quicker than the library that torch takes
+  (`--ops auto`, [performance.md](performance.md)); the numbers are float32 all the same.
 - Targets: not slower than either, 1.1 times their throughput (0.909 of their time) with the converted model; peak at
   most 0.6 of theirs.
 """
@@ -90,7 +92,7 @@ def _verdict(case: Mapping[str, Any]) -> str:
             parts.append(f"{shares[0]:.2f} and {shares[1]:.2f} of the peak (target 0.6)")
         said.append(f"{name}: {', '.join(parts)}")
     if "rounds" not in case:
-        return f"Against the script and TRL, {'; '.join(said)}. Times were not measured."
+        return f"Against the script and TRL, {'; '.join(said)}. Times were not measured{case.get('note', '')}."
     rounds, steps = case["rounds"], case["steps of a run"]
     many = f"{rounds} round{'s' * (rounds > 1)} of {steps} counted steps"
     more = ("" if PEAK in case else "; peaks were not measured") + case.get("note", "")
