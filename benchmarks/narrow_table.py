@@ -21,7 +21,8 @@ CAUSAL = """## Fewer neurons: causal language models
 
 The same stages; KL and change of the negative log-likelihood in nats a token, against the original, on held-out blocks:
 prose (of the domains that the small GPT-2 was trained and calibrated on) and *manuals* (of none). That GPT-2 was not
-trained to its end: it does not fill its neurons, so losing a third of them says little about a model that does.
+trained to its end: it does not fill its neurons, so losing a third of them says little about a model that does, as
+SmolLM2 shows.
 {control}
 
 """
