@@ -69,5 +69,5 @@ def test_peak_is_a_few_layers_not_the_model(tmp_path):
     peak, held_out = json.loads(result.stdout.splitlines()[-1])
     print(f"{peak / 2**20:.0f} MiB above, a layer has {layer / 2**20:.0f}, the model {whole / 2**20:.0f}; {held_out}")
     assert "KL" in held_out
-    assert whole > 4 * peak
+    assert whole > 3 * peak
     assert peak < 8 * layer

@@ -7,14 +7,23 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
-from hf_geglu.errors import DataError
+from hf_geglu.errors import ConfigurationError, DataError
 from hf_geglu.training.data.sources import Rows
 
 
 def undecoded(rows: Rows, column: str) -> Rows:
-    """The same rows with {"bytes", "path"} in the place of pictures: what `Stored.of` takes."""
-    from datasets import Image
+    """The same rows with {"bytes", "path"} in the place of pictures: what `Stored.of` takes.
 
+    Raises:
+        ConfigurationError: older versions of `datasets` do not say the types of a stream's columns.
+    """
+    from datasets import Image, __version__
+
+    if rows.features is None:
+        raise ConfigurationError(
+            f"--streaming: datasets {__version__} does not say which column of this stream has pictures: expected a "
+            "version that does. Upgrade it (pip install -U datasets), or leave --streaming out."
+        )
     return rows.cast_column(column, Image(decode=False))
 
 
