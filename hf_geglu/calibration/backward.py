@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 
-from hf_geglu.calibration.gather import Statistic, score
+from hf_geglu.calibration.gather import Statistic, drawing, mask_of, score
 from hf_geglu.calibration.seen import Seen, watching
 from hf_geglu.calibration.shelf import Shelf
 from hf_geglu.sites import Site
@@ -29,12 +28,6 @@ Tell = Callable[[], None]
 
 Leaves = dict[int, list[torch.Tensor]]
 """The tensors that were handed out for a call, by its number."""
-
-
-def mask_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """(B, T): which positions are tokens; None where all are."""
-    mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 class Backward:
@@ -92,8 +85,7 @@ class Backward:
                 leaves: Leaves = {}
                 with torch.enable_grad():
                     outputs = self._player.outputs(batch, self._hand_out(batch, leaves), held, there)
-                    generator = torch.Generator().manual_seed(self._seed * 1_000_003 + batch)
-                    total = score(outputs, inputs.get("attention_mask"), generator)
+                    total = score(outputs, inputs.get("attention_mask"), drawing(self._seed, batch))
                     if total.requires_grad:
                         total.backward()  # type: ignore[no-untyped-call]
                 self._gradients[batch] = {}

@@ -5,7 +5,7 @@ The model is not changed. What comes out is a plan that says what was chosen and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_geglu.calibration.budget import Measured, measure, within_budget
-from hf_geglu.calibration.choosing import CORRECTED, PER_NEURON, Outcome, choose
+from hf_geglu.calibration.choosing import CORRECTED, PER_NEURON, Chosen, Outcome, choose
 from hf_geglu.calibration.correction import Correction, Metric, groups
 from hf_geglu.calibration.data import CalibrationData
 from hf_geglu.calibration.gather import Progress, Statistic, Together, gather
@@ -88,14 +88,39 @@ def calibrate(
     trials = _trials(model, used, held, entries, seed=seed, shelf=shelf, progress=progress) if entries else {}
     outcomes = {path: Outcome.of(trial) for path, trial in trials.items()}
     chosen = choose(plan, outcomes, reasons, data, seed=seed)
-    measured = measure(model, chosen.plan, chosen.fits, held) if plan.converted else None
+    return concluded(
+        model, chosen, measure=lambda plan, fits: measure(model, plan, fits, held), max_kl=max_kl, found=found
+    )
+
+
+def concluded(
+    model: nn.Module,
+    chosen: Chosen,
+    *,
+    measure: Callable[[Plan, Fits], Measured],
+    max_kl: float | None,
+    found: FoundSites | None,
+) -> Calibrated:
+    """What was chosen, measured as a whole and kept within the budget, if there is one.
+
+    Args:
+        model: calibrated for.
+        chosen: for each of its sites.
+        measure: what a conversion costs on the part that was held out.
+        max_kl: see `calibrate`.
+        found: the sites of the model; None looks for them where they are needed.
+
+    Raises:
+        PlanError: see `calibrate`.
+    """
+    measured = measure(chosen.plan, chosen.fits) if chosen.plan.converted else None
     if max_kl is None:
         return Calibrated(plan=chosen.plan, fits=chosen.fits, held_out=measured, notes=(chosen.note,))
     made, fits, measured, note = within_budget(
         model,
         chosen.plan,
         chosen.fits,
-        measure=lambda plan, fits: measure(model, plan, fits, held),
+        measure=measure,
         max_kl=max_kl,
         measured=measured,
         costs=chosen.costs,

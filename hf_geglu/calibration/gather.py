@@ -111,16 +111,26 @@ def gather(
     with evaluating(model), quiet, watching(model, sites, on_seen, gradients=gradients) as told:
         for number, batch in enumerate(data.batches[done:], start=done):
             inputs = cast(batch, model)
-            mask = inputs.get("attention_mask")
-            told(mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
+            told(mask_of(inputs))
             with torch.enable_grad() if gradients else nullcontext():
                 outputs = outputs_of(model, inputs)
                 if gradients:
-                    score(outputs, mask, torch.Generator().manual_seed(seed * 1_000_003 + number)).backward()  # type: ignore[no-untyped-call]
+                    score(outputs, inputs.get("attention_mask"), drawing(seed, number)).backward()  # type: ignore[no-untyped-call]
             if state is not None and ((number + 1) % SAVE_EVERY == 0 or number + 1 == total):
                 _save(state, key, number + 1, statistics)
             if progress is not None:
                 progress(number + 1, total)
+
+
+def mask_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """(B, T): which positions are tokens; None where all are."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def drawing(seed: int, batch: int) -> torch.Generator:
+    """What draws the labels of a batch: the same in whatever order batches come."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + batch)
 
 
 def score(outputs: Mapping[str, torch.Tensor], mask: Any, generator: torch.Generator) -> torch.Tensor:

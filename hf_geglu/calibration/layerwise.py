@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_geglu.calibration.backward import Backward, mask_of
-from hf_geglu.calibration.budget import Measured, Meter, within_budget
-from hf_geglu.calibration.calibrate import Calibrated
+from hf_geglu.calibration.backward import Backward
+from hf_geglu.calibration.budget import Measured, Meter
+from hf_geglu.calibration.calibrate import Calibrated, concluded
 from hf_geglu.calibration.choosing import CORRECTED, PER_NEURON, Outcome, choose
 from hf_geglu.calibration.correction import Correction, Metric, groups
 from hf_geglu.calibration.data import CalibrationData
-from hf_geglu.calibration.gather import Progress, Statistic, Together
+from hf_geglu.calibration.gather import Progress, Statistic, Together, mask_of
 from hf_geglu.calibration.histogram import WeightedHistogram
 from hf_geglu.calibration.lines import down_matrix, fit_site, fitted_sites
 from hf_geglu.calibration.seen import Seen, watching
@@ -77,22 +77,8 @@ def calibrate_layerwise(
     """
     units = divide(model, [entry.site for entry in plan.sites])
     work = _Work(Residency(model, units, read), plan, data, shelf, seed, progress)
-    outcomes = work.outcomes()
-    chosen = choose(plan, outcomes, work.reasons, data, seed=seed)
-    measured = work.measure(chosen.plan, chosen.fits) if plan.converted else None
-    if max_kl is None:
-        return Calibrated(plan=chosen.plan, fits=chosen.fits, held_out=measured, notes=(chosen.note,))
-    made, fits, measured, note = within_budget(
-        model,
-        chosen.plan,
-        chosen.fits,
-        measure=work.measure,
-        max_kl=max_kl,
-        measured=measured,
-        costs=chosen.costs,
-        found=found,
-    )
-    return Calibrated(plan=made, fits=fits, held_out=measured, notes=tuple(filter(None, [chosen.note, note])))
+    chosen = choose(plan, work.outcomes(), work.reasons, data, seed=seed)
+    return concluded(model, chosen, measure=work.measure, max_kl=max_kl, found=found)
 
 
 class _Work:

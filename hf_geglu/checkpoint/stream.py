@@ -18,6 +18,7 @@ from hf_geglu.checkpoint.layout import Output, Shard
 from hf_geglu.checkpoint.stored import Span, bytes_of
 from hf_geglu.conversions.precision import rounded
 from hf_geglu.errors import WeightsError
+from hf_geglu.files.folder import sync
 from hf_geglu.files.header import nbytes
 
 PIECE = 2**19
@@ -82,11 +83,7 @@ def _write(shard: Shard, path: Path, pool: ThreadPoolExecutor, progress: Progres
 
 def _close(draft: Path, path: Path) -> None:
     """Bring a finished file to the disk and give it its name."""
-    handle = os.open(draft, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(draft)
     draft.rename(path)
 
 

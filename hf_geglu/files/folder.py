@@ -62,7 +62,7 @@ class Workplace:
             self.folder.rename(self.target)
         elif not self.target.is_dir():
             self.folder.rename(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
     def clear(self) -> None:
         """Remove the workplace. A target that was set aside for the new one and never replaced is put back."""
@@ -153,11 +153,12 @@ def sync_tree(folder: Path) -> None:
     """Everything in a folder reaches the disk: a power cut leaves no complete-looking folder."""
     for path in folder.rglob("*"):
         if path.is_file() or path.is_dir():
-            _sync(path)
-    _sync(folder)
+            sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file, or the names in a folder, reach the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     handle = os.open(path, os.O_RDONLY)

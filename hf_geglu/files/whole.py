@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from hf_geglu.files.folder import sync
 
 
 def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -20,9 +21,5 @@ def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[
         held[name] = tensor.clone(memory_format=torch.contiguous_format) if place in seen else tensor.contiguous()
         seen.add(place)
     save_file(held, draft, metadata=metadata)
-    handle = os.open(draft, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(draft)
     draft.replace(path)

@@ -6,7 +6,6 @@ says `state`.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_geglu.errors import OutputError
+from hf_geglu.files.folder import sync, sync_tree
 from hf_geglu.training.checkpoints.generators import save_generators
 from hf_geglu.training.checkpoints.progress import FILE, Progress
 from hf_geglu.training.checkpoints.room import checkpoint_bytes, in_all_or_none, no_room
@@ -108,20 +108,11 @@ def _remove(checkpoint: Path) -> None:
 
 def move_into_place(draft: Path, target: Path) -> None:
     """Sync a finished folder to disk and give it its name; an older folder of that name goes away only afterwards."""
-    for path in [*draft.rglob("*"), draft]:
-        _sync(path)
+    sync_tree(draft)
     old = target.with_name(f".{target.name}.old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     draft.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
